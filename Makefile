@@ -1,0 +1,35 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Each sets up all it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test check fix bench clean
+
+quickstart: $(STAMP)  ## a real encoder, several times smaller and faster, in minutes
+	$(BIN)/hfcompress run quickstart --overwrite
+
+test: check  ## every law, every promise of the README
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(STAMP)  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## the measured tables of docs/
+	$(BIN)/python scripts/bench.py
+
+# torch comes first and pinned: an unpinned torch brings gigabytes of CUDA to a machine without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,llm-demo,plots,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,84 @@
+"""The protocol: a step edits the model in place; a method is a step with a pause in the middle, where training can happen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+Tick = Callable[[float], None]
+"""Called after every optimizer step with the progress of training, 0..1."""
+
+
+class Fields(BaseModel):
+    """A frozen, typed object whose fields are its YAML; the first fields may also be given by position."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, protected_namespaces=()
+    )
+
+    def __init__(self, *positional: Any, **fields: Any) -> None:
+        super().__init__(**dict(zip(type(self).model_fields, positional, strict=False)), **fields)
+
+
+class Step(Fields):
+    """Anything a recipe can list: `run` edits the model in place."""
+
+    @classmethod
+    def key(cls) -> str:
+        """The YAML key: the class's name in snake case, `PruneHeads` -> `prune_heads`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def run(self, model: nn.Module, task: Any) -> None:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump(exclude_defaults=True).items())
+        return f"{self.key()} ({fields})" if fields else self.key()
+
+
+class Method(Step):
+    """A step told as one story with a pause in the middle.
+
+    Class variables say what the drivers must know:
+    `adds_parameters` (they must exist before the optimizer is built), `reads_data` (needs batches from the task),
+    `fades` (the model is not itself before training ends, so no earlier checkpoint may replace the last one),
+    `replaces_loss`, and `needs_training` (useless as a step of its own).
+    """
+
+    adds_parameters: ClassVar[bool] = False
+    fades: ClassVar[bool] = False
+    replaces_loss: ClassVar[bool] = False
+    needs_training: ClassVar[bool] = False
+
+    def applied(self, model: nn.Module, task: Any) -> AbstractContextManager[Tick | None]:
+        """Before the yield: choose, insert, freeze. The pause: training, calling the yielded tick. After: cut, merge, pack."""
+        raise NotImplementedError
+
+    def run(self, model: nn.Module, task: Any) -> None:
+        with self.applied(model, task) as tick:
+            if tick is not None:
+                tick(1.0)
+
+
+@contextmanager
+def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: Any = None) -> Iterator[Tick]:
+    """Apply several methods around one training loop of your own.
+
+    ```python
+    with riding(model, [Distill(teacher), PruneHeads(ratio=0.3)], batches) as tick:
+        for step, batch in enumerate(loader, start=1):
+            model(**batch).loss.backward()
+            optimizer.step(); optimizer.zero_grad()
+            tick(step / len(loader))
+    ```
+    `task`: a Task, or any iterable of batches (dicts of tensors) for methods that score on data.
+    What was entered first is finished last. On an error inside, nothing is cut or merged: hooks come off, the error goes on.
+    """
+    with ExitStack() as stack:
+        ticks = [tick for method in methods if (tick := stack.enter_context(method.applied(model, task))) is not None]
+        yield lambda progress: [tick(progress) for tick in ticks] and None
