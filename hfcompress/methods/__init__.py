@@ -1,0 +1,29 @@
+"""The one table of methods: a line a method."""
+
+from hfcompress.methods.adapters import Adapters
+from hfcompress.methods.base import Method, Step, riding
+from hfcompress.methods.cast import Cast
+from hfcompress.methods.distill import Distill
+from hfcompress.methods.low_rank import LowRank
+from hfcompress.methods.prune_heads import PruneHeads
+from hfcompress.methods.prune_neurons import PruneNeurons
+from hfcompress.methods.prune_weights import PruneWeights
+from hfcompress.methods.quantize import Quantize
+from hfcompress.methods.student import Student
+
+METHODS: dict[str, type[Method]] = {
+    method.key(): method
+    for method in (
+        Distill,
+        PruneHeads,
+        PruneNeurons,
+        PruneWeights,
+        LowRank,
+        Adapters,
+        Quantize,
+        Cast,
+        Student,
+    )
+}
+
+__all__ = ["METHODS", "Method", "Step", "riding", *(method.__name__ for method in METHODS.values())]

@@ -1,0 +1,157 @@
+"""The loop: a recipe is a list of steps, a step edits the model in place, a row is measured after each."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hfcompress import artifact
+from hfcompress.errors import CompressionError, explained
+from hfcompress.methods import Distill
+from hfcompress.plots import plot
+from hfcompress.recipe import Recipe
+from hfcompress.report import Report, measure
+from hfcompress.task import Task
+from hfcompress.train import Train, transformers_set_seed
+
+log = logging.getLogger("hfcompress")
+Tell = Callable[[str], None]
+
+
+def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, tell: Tell = log.info) -> Report:
+    """Run a recipe, and leave a proven artifact in `output_dir`.
+
+    A run that was killed goes on after its last finished step when it is started again; the artifact is that of a run that
+    was not. Under several processes all of them train, and the first one measures and writes.
+    """
+    out, state = Path(output_dir), PartialState()
+    if _is_done(out, recipe) and not overwrite:
+        tell(f"{out} holds the finished result of this very recipe; --overwrite runs it again")
+        return Report.load(out / "report.json")
+    _check_free(out, overwrite)
+    if recipe.push_to:
+        artifact.check_push(recipe.push_to)
+    work = out.with_name(out.name + ".partial")
+    task = recipe.task
+    tell(f"reading {recipe.task.dataset}")
+    task.open(recipe.model)
+    model, report = _begin(recipe, task, work, overwrite, tell)
+    for number, step in list(enumerate(recipe.steps, start=1))[len(report.rows) - 1 :]:
+        _set_reference(recipe, task, model, number, step)
+        tell(f"step {number} of {len(recipe.steps)}: {step}")
+        started = time.monotonic()
+        with explained(f"step {number} of {len(recipe.steps)}, {step.key()}"):
+            step.run(model, task)
+        model.eval()
+        _record(recipe, task, model, report, str(step), number, work, time.monotonic() - started)
+    tell("saving, and proving it by a load in a fresh process")
+    if state.is_main_process:
+        _finish(recipe, task, model, report, work, out)
+    state.wait_for_everyone()
+    if recipe.push_to and state.is_main_process:
+        tell(f"pushing to {recipe.push_to}")
+        tell(artifact.push(out, recipe.push_to, private=recipe.private))
+    return report
+
+
+def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) -> tuple[Any, Report]:
+    """The model as it came and its row; or, after a crash, the model and the rows as they stood."""
+    state = PartialState()
+    unfinished = work / "recipe.yaml"
+    if unfinished.is_file() and unfinished.read_text(encoding="utf-8") != recipe.to_yaml() and not overwrite:
+        raise CompressionError(
+            f"{work}: an unfinished run of another recipe lies there; finish it, choose another output_dir, or pass --overwrite."
+        )
+    resumes = unfinished.is_file() and (work / "report.json").is_file() and not overwrite
+    state.wait_for_everyone()
+    transformers_set_seed(recipe.seed)
+    if resumes:
+        report = Report.load(work / "report.json")
+        done = len(report.rows) - 1
+        tell(f"going on after step {done}, where an earlier run stopped")
+        model = artifact.load(task, work / f"step-{done}") if done else task.load_model(recipe.model)
+        if done > recipe.reference:
+            first = artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else task.load_model(recipe.model)
+            _keep(recipe, task, first.to(state.device))
+        return model.to(state.device), report
+    if state.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        unfinished.write_text(recipe.to_yaml(), encoding="utf-8")
+    state.wait_for_everyone()
+    tell(f"loading {recipe.model}")
+    model, report = task.load_model(recipe.model).to(state.device), Report(reference=recipe.reference)
+    _record(recipe, task, model, report, "as it came", 0, work, 0.0)
+    return model, report
+
+
+def _set_reference(recipe: Recipe, task: Task, model: Any, number: int, step: Any) -> None:
+    if number - 1 == recipe.reference:
+        _keep(recipe, task, model, remember=False)
+
+
+def _keep(recipe: Recipe, task: Task, model: Any, remember: bool = True) -> None:
+    """What later steps need of the original: itself if a teacher is asked for, its predictions for the agreement."""
+    riders = [rider for step in recipe.steps if isinstance(step, Train) for rider in step.riders]
+    if any(isinstance(rider, Distill) and rider.teacher == "original" for rider in riders):
+        task.keep_original(model)
+    if remember and PartialState().is_main_process:
+        task.remember(model)
+
+
+def _record(
+    recipe: Recipe, task: Task, model: Any, report: Report, step: str, number: int, work: Path, seconds: float
+) -> None:
+    """Measure a row and leave a snapshot to go on from."""
+    state = PartialState()
+    if state.is_main_process:
+        score = task.remember if number == recipe.reference else task.score
+        report.add(measure(model, task, step, seconds=seconds, score=score))
+        if number:
+            artifact.save(model, None, work / f"step-{number}")
+        report.save(work / "report.json")
+        for old in work.glob("step-*"):
+            if old.name not in (f"step-{number}", f"step-{recipe.reference}"):
+                shutil.rmtree(old)
+    else:
+        report.rows.append(None)  # type: ignore[arg-type]  counted, so that every process knows the step
+    state.wait_for_everyone()
+
+
+def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, out: Path) -> None:
+    """Build the folder whole beside its place, prove it, and only then put it there."""
+    whole = work / "artifact"
+    shutil.rmtree(whole, ignore_errors=True)
+    artifact.save(model, task.processor, whole)
+    artifact.prove(model, task.example(2, min(32, task.example_length)), whole)
+    (whole / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    report.save(whole / "report.json")
+    try:
+        plot(report, whole / "report.png")
+    except ImportError:
+        log.info("no report.png: pip install 'hfcompress[plots]'")
+    artifact.write_card(
+        whole, base_model=recipe.model, report=report, recipe_text=recipe.to_yaml(), task=task, repo_id=recipe.push_to
+    )
+    if out.exists():
+        shutil.rmtree(out)
+    whole.rename(out)
+    shutil.rmtree(work)
+
+
+def _is_done(out: Path, recipe: Recipe) -> bool:
+    told = out / "recipe.yaml"
+    return told.is_file() and (out / "report.json").is_file() and told.read_text(encoding="utf-8") == recipe.to_yaml()
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise CompressionError(
+            f"output_dir {str(out)!r}: something else lies there; choose another output_dir=..., or pass --overwrite to replace it."
+        )

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from hfcompress.layers import DTYPES
+from hfcompress.methods.base import Method, Tick
+
+
+class Cast(Method):
+    """Store and compute what is dense in half precision; codes of low-bit layers stay as they are.
+
+    Needs: a processor with that dtype for speed; without one it is slower.
+    Buys: half of the memory of everything that is not quantised.
+    Costs: nothing to speak of in bfloat16; float16 may overflow in models trained in bfloat16.
+    Paper: Micikevicius et al. 2017, Mixed Precision Training (arXiv 1710.03740)
+    """
+
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="What dense parameters are stored in.")
+
+    @contextmanager
+    def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
+        yield None
+        for module in model.modules():
+            # Module.to would also convert the scales of quantised layers, and an 8-bit layer's codes.
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(DTYPES[self.dtype])
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    setattr(module, name, buffer.to(DTYPES[self.dtype]))
+        model.config.dtype = DTYPES[self.dtype]  # type: ignore[union-attr]

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.anatomy import body_linears
+from hfcompress.errors import CompressionError
+from hfcompress.layers import LowRankEmbedding, LowRankLinear, features
+from hfcompress.methods.base import Method, Tick
+from hfcompress.surgery import matching, swap
+
+log = logging.getLogger("hfcompress")
+
+
+class LowRank(Method):
+    """Replace matrices by two thin factors from their singular value decomposition, so that training can heal them.
+
+    Needs: nothing; training after it, or around it, heals.
+    Buys: parameters of the chosen layers; time only where the rank is well below half of the smaller side.
+    Costs: what lies in the dropped singular values (Eckart, Young 1936).
+    Paper: Denton et al. 2014 (arXiv 1404.0736); embeddings: Lan et al. 2019, ALBERT (arXiv 1909.11942)
+    """
+
+    adds_parameters: ClassVar[bool] = True
+
+    rank: int | None = Field(None, ge=1, description="The same rank for every layer.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Parameters that stay, as a share of each layer's own.")
+    energy: float | None = Field(None, gt=0, lt=1, description="Share of the squared singular values that stays.")
+    target_modules: list[str] | None = Field(
+        None, description="Suffixes of names of linear layers or embeddings; all linear layers of the body if absent."
+    )
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> LowRank:
+        if sum(value is not None for value in (self.rank, self.ratio, self.energy)) != 1:
+            raise ValueError("give exactly one of rank, ratio and energy")
+        return self
+
+    @contextmanager
+    def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
+        factored = [name for name in self._targets(model) if self._factor(model, name)]
+        if not factored:
+            raise CompressionError("low_rank: no layer would shrink at this rank; lower rank, ratio or energy.")
+        yield None
+
+    def _targets(self, model: nn.Module) -> list[str]:
+        linears = body_linears(model)
+        if self.target_modules is None:
+            if not linears:
+                raise CompressionError("low_rank: no dense linear layer is left; list it before quantize.")
+            return linears
+        tables = [name for name, module in model.named_modules() if type(module) is nn.Embedding]
+        chosen = matching(model, self.target_modules, linears + tables, "low_rank")
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        for name in chosen:
+            if head is not None and model.get_submodule(name).weight is head.weight:
+                raise CompressionError(
+                    f"low_rank: {name} is tied to the language-model head, and factoring one would untie them; "
+                    f"take it out of target_modules."
+                )
+        return chosen
+
+    def _factor(self, model: nn.Module, name: str) -> bool:
+        old: Any = model.get_submodule(name)
+        matrix = old.weight.detach()
+        if isinstance(old, nn.Embedding | Conv1D):
+            matrix = matrix.T  # (out, in), as a Linear holds it
+        left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
+        rank = self._rank(values, matrix.shape)
+        if rank * sum(matrix.shape) >= matrix.numel():
+            log.info("low_rank: %s left alone: rank %d of %s would not shrink it", name, rank, tuple(matrix.shape))
+            return False
+        # The root of each singular value on either side, so that both factors learn at the same pace.
+        root = values[:rank].sqrt()
+        into, out = right[:rank] * root[:, None], left[:, :rank] * root
+        swap(model, name, _as_layer(old, into.to(matrix.dtype), out.to(matrix.dtype)))
+        return True
+
+    def _rank(self, values: Tensor, shape: torch.Size) -> int:
+        if self.rank is not None:
+            return min(self.rank, len(values))
+        if self.ratio is not None:
+            return max(1, int(self.ratio * shape.numel() / sum(shape)))
+        energy = values.square().cumsum(0) / values.square().sum()
+        return min(len(values), int((energy < self.energy).sum()) + 1)
+
+
+def _as_layer(old: Any, into: Tensor, out: Tensor) -> nn.Module:
+    """`into` (rank, in) and `out` (out, rank) as the layer that takes `old`'s place; an embedding's (vocabulary) is `in`."""
+    where = {"device": into.device, "dtype": into.dtype}
+    if isinstance(old, nn.Embedding):
+        table = LowRankEmbedding(*features(old), into.shape[0], old.padding_idx, **where)
+        table.table.weight = nn.Parameter(into.T.contiguous())
+        table.expand.weight = nn.Parameter(out.contiguous())
+        return table
+    layer = LowRankLinear(*features(old), into.shape[0], old.bias is not None, **where)
+    layer.first.weight = nn.Parameter(into.contiguous())
+    layer.second.weight = nn.Parameter(out.contiguous())
+    if old.bias is not None:
+        layer.second.bias = nn.Parameter(old.bias.detach().clone())
+    return layer

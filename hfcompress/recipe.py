@@ -1,0 +1,298 @@
+"""Recipes: YAML to frozen objects and back without loss, strict both ways, all mistakes at once."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
+
+from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.methods import METHODS, Method, Step
+from hfcompress.methods.base import Fields
+from hfcompress.task import TASKS, Task
+from hfcompress.train import Train, training_fields
+
+STEPS: dict[str, type[Step]] = {Train.key(): Train, **METHODS}
+
+
+class Goal(Fields):
+    """What the result must reach, against the model before its first compressing step."""
+
+    max_drop: float | None = Field(None, ge=0, description="Most the score may fall: 0.01 is one point of accuracy.")
+    smaller: float | None = Field(None, gt=0, description="Times smaller on disk.")
+    faster: float | None = Field(None, gt=0, description="Times faster, at batch 1 and at batch 8.")
+
+
+class Recipe(Fields):
+    """A model, a task and a list of steps."""
+
+    model: str = Field(min_length=1, description="A Hub id, a folder, a .gguf file, or package://NAME/path.")
+    task: SerializeAsAny[InstanceOf[Task]]
+    steps: tuple[SerializeAsAny[InstanceOf[Step]], ...] = Field(min_length=1)
+    goal: Goal | None = None
+    seed: int = Field(42, ge=0, description="Of new heads, data order and dropout.")
+    output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
+    push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")
+    private: bool = Field(False, description="Whether a repository made by push_to is private.")
+
+    @property
+    def reference(self) -> int:
+        """The row everything is compared with: the model before its first compressing step."""
+        for number, step in enumerate(self.steps):
+            if not isinstance(step, Train) or step.riders:
+                return number
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without what is at its default. `Recipe.from_dict(recipe.to_dict()) == recipe`."""
+        plain = self.model_dump(mode="json", exclude_defaults=True, exclude={"task", "steps"})
+        task = {"name": self.task.name, **self.task.model_dump(mode="json", exclude_defaults=True, exclude={"name"})}
+        head = {"model": plain.pop("model"), "task": task, "steps": [_step_to_plain(step) for step in self.steps]}
+        return {**head, **plain}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "recipe") -> Recipe:
+        """CompressionError with all mistakes, a line each."""
+        if not isinstance(raw, dict):
+            raise CompressionError(f"{where}: a recipe is a mapping with model, task and steps, not {type(raw).__name__}.")
+        mistakes: list[str] = []
+        raw = dict(raw)
+        if isinstance(raw.get("steps"), list):
+            raw["steps"] = tuple(
+                _read_step(step, f"steps.{number}", STEPS, mistakes) for number, step in enumerate(raw["steps"])
+            )
+            mistakes += _order_mistakes(raw["steps"])
+        if isinstance(raw.get("task"), dict):
+            raw["task"] = _read_task(raw["task"], mistakes)
+        raw = {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
+        try:
+            recipe = cls(**raw)
+        except ValidationError as error:
+            told = {line.partition(":")[0].partition(".")[0] for line in mistakes}
+            mistakes += [m for m in _sentences(error, "", cls) if m.partition(":")[0] not in told]
+        if mistakes:
+            raise CompressionError("\n".join(f"{where}: {mistake}" for mistake in mistakes))
+        return recipe
+
+    @classmethod
+    def load(cls, name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+        """A YAML file, or a recipe that ships with hfcompress by its name; `overrides` as `steps.1.train.epochs=2`."""
+        path = find_recipe(name_or_path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise CompressionError(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend that line.") from error
+        for override in overrides:
+            apply_override(raw, override)
+        return cls.from_dict(raw, path.name)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    inside = Path(str(resources.files("hfcompress"))) / "recipes"
+    folder = inside if inside.is_dir() else inside.parent.parent / "recipes"  # a checkout keeps them beside the package
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str) -> Path:
+    shipped = shipped_recipes()
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    raise CompressionError(
+        f"recipe {name_or_path!r}: there is no such file and no shipped recipe of that name."
+        + did_you_mean(path.stem, shipped)
+    )
+
+
+def apply_override(raw: Any, override: str) -> None:
+    """Set `a.b.0.c=value` in plain recipe data; the value is read as YAML."""
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise CompressionError(f"override {override!r}: it must read key=value, as in steps.1.train.epochs=2 or model=me/my-bert.")
+    *parents, last = path.split(".")
+    node = raw
+    for done, part in enumerate(parents):
+        following = parents[done + 1] if done + 1 < len(parents) else last
+        node = _child(node, part, override, create=not following.isdigit())
+    if isinstance(node, list):
+        node[_index(node, last, override)] = yaml.safe_load(value)
+    else:
+        node[last] = yaml.safe_load(value)
+
+
+def _child(node: Any, part: str, override: str, create: bool) -> Any:
+    if isinstance(node, list):
+        index = _index(node, part, override)
+        node[index] = {node[index]: {}} if isinstance(node[index], str) else node[index]
+        return node[index]
+    if not isinstance(node, dict):
+        raise CompressionError(f"override {override!r}: {part!r} is inside a value, not a mapping; shorten the path.")
+    if node.get(part) is None:
+        if part not in node and not (create and part in Recipe.model_fields):
+            raise CompressionError(f"override {override!r}: the recipe has no {part!r} there.{did_you_mean(part, map(str, node))}")
+        node[part] = {}
+    return node[part]
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise CompressionError(f"override {override!r}: {part!r} is no position in that list; possible are 0 to {len(node) - 1}.")
+    return int(part)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Task) or (isinstance(value, tuple) and all(isinstance(step, Step) for step in value))
+
+
+def _read_step(raw: Any, where: str, table: dict[str, Any], mistakes: list[str]) -> Step | None:
+    """`{prune_heads: {ratio: 0.3}}` or `cast` as its object; mistakes are noted, and None returned."""
+    if isinstance(raw, str):
+        raw = {raw: {}}
+    if not isinstance(raw, dict) or len(raw) != 1:
+        mistakes.append(f"{where}: a step is one name with its fields, as in `- prune_heads: {{ratio: 0.3}}`, not {raw!r}.")
+        return None
+    ((key, fields),) = raw.items()
+    if key not in table:
+        mistakes.append(f"{where}: unknown method {key!r}.{did_you_mean(str(key), table)}")
+        return None
+    fields = {} if fields is None else fields
+    if not isinstance(fields, dict):
+        mistakes.append(f"{where}.{key}: its fields must be a mapping, as in {{ratio: 0.3}}, not {fields!r}.")
+        return None
+    fields, before = dict(fields), len(mistakes)
+    if key == Train.key() and "with" in fields:
+        riders = fields["with"] if isinstance(fields["with"], list) else [fields["with"]]
+        fields["with"] = tuple(
+            _read_step(rider, f"{where}.{key}.with.{number}", METHODS, mistakes) for number, rider in enumerate(riders)
+        )
+    if len(mistakes) > before:
+        fields.pop("with")
+    step = _validated(table[key], fields, f"{where}.{key}", mistakes)
+    return step if len(mistakes) == before else None
+
+
+def _read_task(raw: dict[str, Any], mistakes: list[str]) -> Task | None:
+    name = raw.get("name")
+    if name not in TASKS:
+        mistakes.append(f"task: unknown task name {name!r}.{did_you_mean(str(name), TASKS)}")
+        return None
+    return _validated(TASKS[name], {key: value for key, value in raw.items() if key != "name"}, "task", mistakes)
+
+
+def _validated(cls: Any, fields: dict[str, Any], where: str, mistakes: list[str]) -> Any:
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        mistakes += _sentences(error, where, cls)
+        return None
+
+
+def _sentences(error: ValidationError, where: str, cls: Any) -> list[str]:
+    """One sentence a mistake: where, what was written, what is possible."""
+    lines = []
+    for one in error.errors():
+        place = ".".join(str(part) for part in (where, *one["loc"]) if part != "")
+        if one["type"] == "extra_forbidden":
+            possible = [field.alias or name for name, field in cls.model_fields.items()]
+            key = str(one["loc"][-1])
+            lines.append(f"{place.removesuffix(key).rstrip('.') or 'recipe'}: unknown key {key!r}.{did_you_mean(key, possible)}")
+        elif one["type"] == "missing":
+            lines.append(f"{place}: this key is missing; {_help(cls, one['loc'])}")
+        else:
+            message = one["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(one["input"], dict) else f" = {one['input']!r}"
+            lines.append(f"{place}{given}: {message[0].lower() + message[1:]}{'' if message.endswith('.') else '.'}")
+    return lines
+
+
+def _help(cls: Any, loc: tuple[Any, ...]) -> str:
+    field = cls.model_fields.get(str(loc[-1]))
+    return f"it is {field.description or 'required'}" if field else "add it."
+
+
+def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
+    """What no order of data can mend: training or cutting codes, riders without a train."""
+    mistakes, quantised = [], None
+    for number, step in enumerate(steps):
+        riders = step.riders if isinstance(step, Train) else ()
+        if isinstance(step, Method) and step.needs_training:
+            mistakes.append(f"steps.{number}: {step.key()} does nothing without training; list it under `with:` of a train step.")
+        if quantised is not None and step is not None:
+            if isinstance(step, Train) and not any(rider.key() == "adapters" for rider in riders):
+                mistakes.append(
+                    f"steps.{number}: train comes after quantize (steps.{quantised}), and codes can't be trained; "
+                    f"train first, or add adapters under with."
+                )
+            elif step.key() in ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize"):
+                mistakes.append(
+                    f"steps.{number}: {step.key()} comes after quantize (steps.{quantised}), and codes can't be cut; "
+                    f"list it before quantize."
+                )
+        if quantised is None and any(one is not None and one.key() == "quantize" for one in (step, *riders)):
+            quantised = number
+    return mistakes
+
+
+def _step_to_plain(step: Step) -> Any:
+    fields = step.model_dump(mode="json", exclude_defaults=True, exclude={"riders"})
+    if isinstance(step, Train) and step.riders:
+        fields["with"] = [_step_to_plain(rider) for rider in step.riders]
+    return {step.key(): fields} if fields else step.key()
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of recipes, from the very fields that read them."""
+    definitions: dict[str, Any] = {}
+
+    def one_of(table: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "oneOf": [
+                {"type": "object", "properties": {key: fields_of(cls)}, "required": [key], "additionalProperties": False}
+                for key, cls in table.items()
+            ]
+            + [{"enum": list(table)}]
+        }
+
+    def fields_of(cls: Any) -> dict[str, Any]:
+        if cls is Train:
+            known: dict[str, Any] = {name: {} for name in training_fields()}
+            known["epochs"] = {"type": "number", "exclusiveMinimum": 0}
+            known["with"] = {"type": "array", "items": one_of(METHODS)}
+            return {"type": "object", "description": Train.__doc__, "properties": known, "additionalProperties": False}
+        told = cls.model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(told.pop("$defs", {}))
+        return told
+
+    tasks = []
+    for name, cls in TASKS.items():
+        told = fields_of(cls)
+        told["properties"] = {"name": {"const": name}, **told["properties"]}
+        tasks.append(told)
+    plain = {key: field for key, field in Goal.model_json_schema().items()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "hfcompress recipe",
+        "type": "object",
+        "properties": {
+            "model": {"type": "string", "description": Recipe.model_fields["model"].description},
+            "task": {"oneOf": tasks},
+            "steps": {"type": "array", "minItems": 1, "items": one_of(STEPS)},
+            "goal": plain,
+            "seed": {"type": "integer", "minimum": 0, "default": 42},
+            "output_dir": {"type": ["string", "null"]},
+            "push_to": {"type": ["string", "null"]},
+            "private": {"type": "boolean", "default": False},
+        },
+        "required": ["model", "task", "steps"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

@@ -1,0 +1,275 @@
+"""What the model became, read off the model itself: `twin`, `diff`, `rebuild`, `describe`.
+
+A structure is plain JSON, a module's name to an edit: `{"kind": "linear", "in_features": 384, ...}` puts another layer there,
+`{"kind": "counts", "num_attention_heads": 6}` corrects integers that a module's forward reads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfcompress.errors import CompressionError
+from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, features, is_low_bit, kind_of
+
+Structure = dict[str, dict[str, Any]]
+FORMAT = 1
+
+# Integers that forwards read, so cutting heads must correct them. A structure from the internet may set these and no others.
+COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "all_head_size", "split_size")
+
+# Sizes in which a plain transformers config may already express a cut, tried in this order.
+_WIDTHS = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The model that `model.config` alone describes, on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))  # type: ignore[call-arg]
+
+
+def diff(model: nn.Module) -> Structure:
+    """How the model differs from its twin. `diff(rebuild(twin(model), diff(model))) == diff(model)`.
+
+    Raises CompressionError when the model has a part that no edit can express.
+    """
+    blank, edits = twin(model), {}
+    for name, module in model.named_modules():
+        edit = _edit_between(_submodule(blank, name), module, name)
+        if edit is not None:
+            edits[name] = edit
+            _apply(blank, name, edit)
+    _check_shapes(model, blank)
+    return edits
+
+
+def rebuild(model: nn.Module, structure: Structure) -> nn.Module:
+    """Give a twin (on the meta device) the shape that the structure tells. The structure is not trusted.
+
+    Names hold for the model they were read from, for its base model (`AutoModel`), and for a base model's heads.
+    """
+    if not isinstance(structure, dict):
+        raise CompressionError("structure: it must map module names to edits; save the model again with hfcompress.")
+    for name, edit in structure.items():
+        here = _name_in(model, name)
+        if here is not None:
+            _check_edit(name, edit, model.get_submodule(here))
+            _apply(model, here, edit)
+    return model
+
+
+def describe(model: nn.Module) -> Structure:
+    """Make `model.config` tell what the model is: by its own fields where they can, else by `quantization_config`."""
+    config: Any = model.config
+    config.quantization_config = None
+    edits = diff(model)
+    for change in _config_changes(model, edits):
+        edits = _settle(model, change, edits)
+    plain = _as_bitsandbytes(model, edits)
+    if plain is not None:
+        config.quantization_config = plain
+    elif edits:
+        _check_loud(model, edits)
+        config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits}
+    else:
+        del config.quantization_config
+    return edits
+
+
+def _edit_between(old: nn.Module | None, new: nn.Module, name: str) -> dict[str, Any] | None:
+    if old is None:
+        raise CompressionError(f"{name}: this module is not part of {type(new).__name__}'s config; it can't be saved.")
+    kind = kind_of(new)
+    if kind is not None:
+        fields = KINDS[kind].fields(new)
+        same = kind_of(old) == kind and KINDS[kind].fields(old) == fields
+        return None if same else {"kind": kind, **fields}
+    if type(old).__name__ != type(new).__name__:
+        raise CompressionError(
+            f"{name}: a {type(new).__name__} stands where the architecture has a {type(old).__name__}, and no edit can "
+            f"express it; possible kinds are {', '.join(KINDS)}; merge or remove that layer before saving."
+        )
+    counts = {key: getattr(new, key) for key in COUNTS if _count(new, key) and getattr(old, key, None) != getattr(new, key)}
+    return {"kind": "counts", **counts} if counts else None
+
+
+def _count(module: nn.Module, key: str) -> bool:
+    return type(getattr(module, key, None)) is int
+
+
+def _apply(model: nn.Module, name: str, edit: dict[str, Any]) -> None:
+    fields = {key: value for key, value in edit.items() if key != "kind"}
+    if edit["kind"] == "counts":
+        for key, value in fields.items():
+            setattr(model.get_submodule(name), key, value)
+    else:
+        old = model.get_submodule(name)
+        with torch.device("meta"):
+            new = KINDS[edit["kind"]].build(**fields)
+        new.train(old.training)
+        model.set_submodule(name, new)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _name_in(model: nn.Module, name: str) -> str | None:
+    """The structure's name as this class knows it; None for a head that a base model does not have."""
+    prefix = model.base_model_prefix
+    if _submodule(model, name) is not None:
+        return name
+    if hasattr(model, prefix) and _submodule(model, f"{prefix}.{name}") is not None:
+        return f"{prefix}.{name}"
+    inner = name.removeprefix(f"{prefix}.")
+    if inner != name and _submodule(model, inner) is not None:
+        return inner
+    if inner == name and not hasattr(model, prefix):
+        return None
+    raise CompressionError(
+        f"structure: there is no module {name!r} in {type(model).__name__}; load the checkpoint with the architecture it was "
+        f"saved from, named in its config.json."
+    )
+
+
+def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
+    """Known kinds and fields only; sizes positive and no larger than the config's own."""
+
+    def refuse(what: str) -> None:
+        raise CompressionError(f"structure: {name}: {what}; the checkpoint is damaged or not made by hfcompress.")
+
+    if not isinstance(edit, dict) or edit.get("kind") not in (*KINDS, "counts"):
+        refuse(f"unknown edit {edit!r}, possible kinds are {', '.join(KINDS)}, counts")
+    fields = {key: value for key, value in edit.items() if key != "kind"}
+    if edit["kind"] == "counts":
+        for key, value in fields.items():
+            if key not in COUNTS or not _count(old, key) or type(value) is not int or not 0 < value <= getattr(old, key):
+                refuse(f"{key} = {value!r} is not an integer from 1 to {getattr(old, key, 'nothing there')}")
+        return
+    if kind_of(old) is None:
+        refuse(f"a {type(old).__name__} can't become a {edit['kind']}")
+    limits = dict(zip(_size_names(edit["kind"]), features(old), strict=True))
+    limits |= {"rank": min(limits.values())}
+    for key, value in fields.items():
+        if key in limits:
+            if type(value) is not int or not 0 < value <= limits[key]:
+                refuse(f"{key} = {value!r} is not an integer from 1 to {limits[key]}")
+        elif not _harmless(key, value, limits):
+            refuse(f"{key} = {value!r} is not allowed")
+    wanted = set(_size_names(edit["kind"])) | ({"rank"} if edit["kind"].startswith("low_rank") else set())
+    if missing := wanted - set(fields):
+        refuse(f"{', '.join(sorted(missing))} missing")
+
+
+def _size_names(kind: str) -> tuple[str, str]:
+    return ("num_embeddings", "embedding_dim") if kind.endswith("embedding") else ("in_features", "out_features")
+
+
+def _harmless(key: str, value: Any, limits: dict[str, int]) -> bool:
+    return {
+        "bias": type(value) is bool,
+        "compress_statistics": type(value) is bool,
+        "quant_type": value in ("nf4", "fp4"),
+        "compute_dtype": value is None or value in DTYPES,
+        "threshold": isinstance(value, int | float) and 0 <= value <= THRESHOLD_LIMIT,
+        "padding_idx": value is None or (type(value) is int and 0 <= value < limits.get("num_embeddings", 0)),
+    }.get(key, False)
+
+
+def _check_shapes(model: nn.Module, blank: nn.Module) -> None:
+    """Every dense parameter has a counterpart of the same shape: what `named_modules` can't see must not slip through."""
+    coded = {name for name, module in model.named_modules() if is_low_bit(module)}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        other = dict(_submodule(blank, owner).named_parameters(recurse=False)).get(name.rpartition(".")[2])  # type: ignore[union-attr]
+        if owner not in coded and (other is None or other.shape != parameter.shape):
+            raise CompressionError(
+                f"{name}: shape {tuple(parameter.shape)} can't be told by an edit (the config describes "
+                f"{None if other is None else tuple(other.shape)}); possible are the layers {', '.join(KINDS)}."
+            )
+
+
+def _config_changes(model: nn.Module, edits: Structure) -> Iterator[dict[str, int]]:
+    """Changes of plain config fields that may explain the edits: an even feed-forward width, an even head count."""
+    config: Any = model.config
+    sizes = sorted({value for edit in edits.values() for key in ("in_features", "out_features") if (value := edit.get(key))})
+    for field in _WIDTHS:
+        if hasattr(config, field):
+            yield from ({field: size} for size in sizes if size != getattr(config, field))
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    if head_dim and hasattr(config, "num_key_value_heads"):
+        heads = [size // head_dim for size in sizes if size % head_dim == 0]
+        for query in heads:
+            for key_value in heads:
+                if query % key_value == 0:
+                    yield {"num_attention_heads": query, "num_key_value_heads": key_value, "head_dim": head_dim}
+
+
+def _settle(model: nn.Module, change: dict[str, int], edits: Structure) -> Structure:
+    """Keep the change of config if it explains some edits and asks for no new ones."""
+    if not edits:
+        return edits
+    config: Any = model.config
+    before = {field: getattr(config, field) for field in change}
+    try:
+        for field, value in change.items():
+            setattr(config, field, value)
+        fewer = diff(model)
+        if set(fewer) < set(edits):
+            return fewer
+    except Exception:  # noqa: BLE001  a config class validates as it likes: what it refuses, the structure will tell
+        pass
+    for field, value in before.items():
+        setattr(config, field, value)
+    return edits
+
+
+def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | None:
+    """The plain bitsandbytes config, if low-bit layers of one sort are all that changed; such a checkpoint needs no import."""
+    sorts = {tuple(sorted((k, v) for k, v in e.items() if k not in ("in_features", "out_features", "bias"))) for e in edits.values()}
+    blank = twin(model)
+    if len(sorts) != 1 or any(
+        features(blank.get_submodule(name)) != (edit.get("in_features"), edit.get("out_features"))
+        or edit.get("bias") != (getattr(blank.get_submodule(name), "bias", None) is not None)
+        for name, edit in edits.items()
+        if edit["kind"] in ("linear_4bit", "linear_8bit")
+    ):
+        return None
+    sort = dict(sorts.pop())
+    skipped = [name for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")]
+    if any(name.startswith(f"{skip}.") for skip in skipped for name in edits):
+        return None
+    if sort["kind"] == "linear_8bit":
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "llm_int8_threshold": sort["threshold"],
+            "llm_int8_skip_modules": skipped,
+        }
+    if sort["kind"] == "linear_4bit":
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": sort["quant_type"],
+            "bnb_4bit_use_double_quant": sort["compress_statistics"],
+            "bnb_4bit_compute_dtype": sort["compute_dtype"] or "float32",
+            "llm_int8_skip_modules": skipped,
+        }
+    return None
+
+
+def _check_loud(model: nn.Module, edits: Structure) -> None:
+    """At least one tensor must clash with what the config alone describes, or a load without hfcompress would be silent."""
+    blank = twin(model).state_dict()
+    if all(key not in blank or blank[key].shape == value.shape for key, value in model.state_dict().items()):
+        raise CompressionError(
+            f"{type(model).__name__}: {len(edits)} modules differ, but no tensor would clash when the checkpoint is loaded "
+            f"without hfcompress, so it would serve noise; quantise to 4 bits, or undo the edits of {', '.join(edits)}."
+        )

@@ -1,0 +1,112 @@
+"""Verbs on modules. No choices are made here: index lists say what to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.anatomy import Anatomy, Units
+from hfcompress.errors import CompressionError, did_you_mean
+
+
+def swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in another's place, in the same train or eval mode."""
+    new.train(model.get_submodule(name).training)
+    model.set_submodule(name, new)
+
+
+def keep_rows(layer: nn.Module, index: Tensor, name: str = "") -> None:
+    """Keep these output features of a Linear, weight (out, in), or a Conv1D, weight (in, out). In place."""
+    _dense(layer, name)
+    dim = 1 if isinstance(layer, Conv1D) else 0
+    layer.weight = _kept(layer.weight, index, dim)  # type: ignore[assignment]
+    if layer.bias is not None:
+        layer.bias = _kept(layer.bias, index, 0)  # type: ignore[assignment]
+    setattr(layer, "nf" if isinstance(layer, Conv1D) else "out_features", len(index))
+
+
+def keep_columns(layer: nn.Module, index: Tensor, name: str = "") -> None:
+    """Keep these input features of a Linear or a Conv1D. In place."""
+    _dense(layer, name)
+    dim = 0 if isinstance(layer, Conv1D) else 1
+    layer.weight = _kept(layer.weight, index, dim)  # type: ignore[assignment]
+    setattr(layer, "nx" if isinstance(layer, Conv1D) else "in_features", len(index))
+
+
+def _kept(parameter: Any, index: Tensor, dim: int) -> nn.Parameter:
+    index = index.to(parameter.device)
+    return nn.Parameter(parameter.detach().index_select(dim, index).contiguous(), requires_grad=parameter.requires_grad)
+
+
+def _dense(layer: nn.Module, name: str) -> None:
+    if type(layer).__name__ not in ("Linear", "Conv1D"):
+        raise CompressionError(
+            f"{name}: can't cut a {type(layer).__name__}; only dense layers can be cut; list prune_heads and prune_neurons "
+            f"before low_rank, adapters and quantize."
+        )
+
+
+def cut(model: nn.Module, units: Units, keep: Tensor) -> None:
+    """Cut every unit out whose index is not in `keep` (sorted, shape (kept,)). Equal to silencing them."""
+    for name, rows in zip(units.inputs, units.rows, strict=True):
+        blocks = [_columns(keep, rows) + block * units.count * rows for block in range(units.fused)]
+        keep_rows(model.get_submodule(name), torch.cat(blocks), name)
+    keep_columns(model.get_submodule(units.output), _columns(keep, units.size), units.output)
+    owner = model.get_submodule(units.owner)
+    for attribute, worth in units.counters.items():
+        setattr(owner, attribute, worth * len(keep))
+
+
+def _columns(units: Tensor, size: int) -> Tensor:
+    """Indices of the features that units of `size` features cover."""
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
+
+
+def gate(model: nn.Module, units: Units, gates: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+    """Multiply what the output projection reads from each unit by `gates(x)`, of shape (..., count, 1), until removed.
+
+    A hook and not a module, so that a checkpoint's keys stay the model's own.
+    """
+
+    def scale(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]
+        scaled = x.unflatten(-1, (units.count, units.size)) * gates(x)
+        return (scaled.flatten(-2).to(x.dtype), *inputs[1:])
+
+    return model.get_submodule(units.output).register_forward_pre_hook(scale)
+
+
+def keep_layers(model: nn.Module, anatomy: Anatomy, keep: list[int]) -> None:
+    """Keep these layers, renumber what counts them (caches, layer types), and tell the config."""
+    stack: Any = model.get_submodule(anatomy.stack)
+    model.set_submodule(anatomy.stack, nn.ModuleList([stack[index] for index in keep]))
+    for number, layer in enumerate(model.get_submodule(anatomy.stack)):  # type: ignore[arg-type]
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    config: Any = model.config
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in keep]
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = min(config.max_window_layers, len(keep))
+    config.num_hidden_layers = len(keep)
+
+
+def matching(model: nn.Module, targets: list[str], possible: list[str], where: str) -> list[str]:
+    """The names among `possible` that end with one of the targets, as PEFT's `target_modules`; raises for one that matches none."""
+    for target in targets:
+        if not any(_matches(name, target) for name in possible):
+            leaves = {name.rpartition(".")[2] for name in possible}
+            raise CompressionError(
+                f"{where}: target_modules {target!r} matches no layer of {type(model).__name__}."
+                + did_you_mean(target.rpartition(".")[2], leaves)
+            )
+    return [name for name in possible if any(_matches(name, target) for target in targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

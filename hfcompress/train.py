@@ -1,0 +1,266 @@
+"""Training with methods riding along: the recipe's `train` step, the callback and `attach` for any Trainer."""
+
+from __future__ import annotations
+
+import tempfile
+import typing
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.methods.base import Method, Step, riding
+from hfcompress.structure import describe
+
+# What the recipe decides itself: where things lie, and which process does what.
+_OURS = frozenset({"output_dir", "push_to_hub", "hub_model_id", "hub_token", "resume_from_checkpoint", "local_rank"})
+
+
+def training_fields() -> dict[str, Any]:
+    """Every TrainingArguments field that a recipe may set, and its type."""
+    hints = typing.get_type_hints(TrainingArguments)
+    return {name: hints[name] for name in TrainingArguments.__dataclass_fields__ if name not in _OURS}
+
+
+class Train(Step):
+    """Train with the Hugging Face Trainer; every TrainingArguments field is allowed under its own name.
+
+    bf16 is on by default where the processor has it; nothing is reported to trackers unless `report_to` asks for it.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    epochs: float = Field(3.0, gt=0, description="num_train_epochs.")
+    riders: tuple[SerializeAsAny[InstanceOf[Method]], ...] = Field(
+        (), alias="with", description="Methods applied around this training, in this order."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        given, known = dict(given), training_fields()
+        if "num_train_epochs" in given:
+            raise ValueError("num_train_epochs is called epochs here; write epochs")
+        for name in set(given) - {"epochs", "with", "riders"}:
+            if name not in known:
+                raise ValueError(f"unknown key {name!r}.{did_you_mean(name, ['epochs', 'with', *known])}")
+            try:
+                given[name] = TypeAdapter(known[name]).validate_python(given[name])
+            except ValidationError as error:
+                raise ValueError(f"{name} = {given[name]!r}: {error.errors()[0]['msg']}") from error
+        return given
+
+    def run(self, model: nn.Module, task: Any) -> None:
+        with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
+            arguments = self.arguments(folder)
+            transformers_set_seed(arguments.seed)
+            check_riders(self.riders, arguments)
+            trained = any(parameter.requires_grad for parameter in model.parameters())
+            if not trained and not any(rider.adds_parameters for rider in self.riders):
+                raise CompressionError("train: no weight of the model can be trained; add adapters under with.")
+            with riding(model, self.riders, task) as tick:
+                trainer = _trainer(model, arguments, task, tick, self.riders)
+                trainer.train()
+            model.zero_grad(set_to_none=True)
+
+    def arguments(self, output_dir: str) -> TrainingArguments:
+        defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 10, "bf16": has_bf16()}
+        if self.model_extra and self.model_extra.get("fp16"):
+            defaults["bf16"] = False
+        return TrainingArguments(
+            output_dir=output_dir,
+            **{**defaults, **(self.model_extra or {}), "num_train_epochs": self.epochs, "disable_tqdm": True},
+        )
+
+
+def transformers_set_seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def has_bf16() -> bool:
+    """Whether matrix products in bfloat16 run in hardware here."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _trainer(
+    model: nn.Module, arguments: TrainingArguments, task: Any, tick: Any, riders: tuple[Method, ...]
+) -> Trainer:
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=task.train_dataset,
+        eval_dataset=task.eval_dataset,
+        data_collator=task.collator,
+        processing_class=task.processor,
+        callbacks=[_Ticking(tick), _Bar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not any(rider.replaces_loss for rider in riders) and task.headline != "perplexity":
+        # Stock classification heads ignore the count of items they are given, and the Trainer then does not divide by the
+        # accumulation steps either: the gradient came out n times too large. Without the count it divides, rightly.
+        trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+class _Ticking(TrainerCallback):
+    """Calls a tick after every optimizer step."""
+
+    def __init__(self, tick: Any) -> None:
+        self._tick = tick
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._tick(state.global_step / state.max_steps)
+
+
+class _Bar(TrainerCallback):
+    """One progress bar a training, with the loss, instead of lines of dictionaries."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_local_process_zero:
+            self._bar = tqdm(total=state.max_steps, desc="training", leave=False, disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> None:
+    """What a Trainer's arguments and the methods must not ask of each other."""
+    for method in methods:
+        if method.fades and arguments.load_best_model_at_end:
+            raise CompressionError(
+                f"{method.key()}: load_best_model_at_end would bring back a checkpoint from before its units had faded out; "
+                f"set load_best_model_at_end=False, or prune before training."
+            )
+        if method.replaces_loss and arguments.label_smoothing_factor:
+            raise CompressionError(
+                f"{method.key()}: label_smoothing_factor takes the labels away and would ignore this loss; set it to 0."
+            )
+
+
+class CompressionCallback(TrainerCallback):
+    """Methods for a Trainer of your own: `Trainer(..., callbacks=[CompressionCallback(Distill(teacher), PruneHeads(0.3))])`.
+
+    Methods that add parameters act when the Trainer is built, others when training begins, each finishes when it ends (after
+    the best model was loaded). Then the model's config tells its new structure, so `trainer.save_model()` and `push_to_hub`
+    save something that plain `from_pretrained` loads.
+    """
+
+    def __init__(self, *methods: Method) -> None:
+        for method in methods:
+            if not isinstance(method, Method):
+                raise CompressionError(
+                    f"CompressionCallback: {method!r} is no method; give method objects such as PruneHeads(ratio=0.3)."
+                )
+        self._methods = methods
+        self._stack = ExitStack()
+        self._ticks: list[Any] = []
+        self._phase = "new"
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._phase != "new":
+            raise CompressionError("CompressionCallback: it belongs to one Trainer already; make a new one for this Trainer.")
+        self._phase = "built"
+        check_riders(self._methods, args)
+        self._enter(model, None, adding=True)
+        if any(method.adds_parameters for method in self._methods) and not getattr(model, "_hf_peft_config_loaded", False):
+            describe(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        if self._phase != "built":
+            raise CompressionError(
+                "CompressionCallback: its methods are done after one train(); make a new Trainer and callback to go on."
+            )
+        self._phase = "training"
+        self._enter(_unwrapped(model), Batches(given.get("train_dataloader")), adding=False)
+
+    def _enter(self, model: Any, task: Any, adding: bool) -> None:
+        for method in self._methods:
+            if method.adds_parameters == adding:
+                tick = self._stack.enter_context(method.applied(model, task))
+                if tick is not None:
+                    self._ticks.append(tick)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for tick in self._ticks:
+            tick(state.global_step / state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._phase = "done"
+        self._ticks = []
+        self._stack.close()
+        model = _unwrapped(model)
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            describe(model)
+
+
+def attach(trainer: Trainer, *methods: Method) -> Trainer:
+    """Apply methods to a Trainer that was already built: `attach(trainer, Distill(teacher), PruneHeads(ratio=0.3))`."""
+    if trainer.optimizer is not None and any(method.adds_parameters for method in methods):
+        raise CompressionError("attach: the optimizer exists already and would not train new parameters; attach before train().")
+    callback = CompressionCallback(*methods)
+    callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    trainer.add_callback(callback)
+    return trainer
+
+
+def _unwrapped(model: Any) -> Any:
+    """The user's own model inside DistributedDataParallel and the like."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    return model
+
+
+class Batches:
+    """What methods need of a Task, from a data loader: a few labelled batches."""
+
+    original = None
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def batches(self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+        """About `samples` examples, on the model's device."""
+        device, seen = next(model.parameters()).device, 0
+        for batch in self._plain(batch_size, seed):
+            yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            seen += len(next(iter(batch.values())))
+            if seen >= samples:
+                return
+
+    def _plain(self, batch_size: int, seed: int) -> Iterable[Any]:
+        # A fresh loader over the same data: leaving the Trainer's own in the middle would upset accelerate's bookkeeping.
+        if not isinstance(getattr(self._loader, "dataset", None), torch.utils.data.Dataset):
+            return self._loader
+        return DataLoader(
+            self._loader.dataset,
+            batch_size=batch_size,
+            shuffle=True,
+            collate_fn=self._loader.collate_fn,
+            generator=torch.Generator().manual_seed(seed),
+        )
