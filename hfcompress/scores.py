@@ -25,7 +25,7 @@ def magnitude(model: nn.Module, all_units: list[Units], batches: Batches | None 
     for units in all_units:
         total = torch.zeros(units.count)
         for name, rows in zip(units.inputs, units.rows, strict=True):
-            weight = _out_in(model.get_submodule(name)).view(units.fused, units.count, -1)
+            weight = _out_in(model.get_submodule(name)).reshape(units.fused, units.count, -1)
             total += weight.square().sum(dim=(0, 2)).cpu()
         columns = _out_in(model.get_submodule(units.output)).T.reshape(units.count, -1)
         scores.append((total + columns.square().sum(dim=1).cpu()).sqrt())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hfcompress.errors import CompressionError
 from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, features, is_low_bit, kind_of
@@ -66,18 +67,22 @@ def describe(model: nn.Module) -> Structure:
     """Make `model.config` tell what the model is: by its own fields where they can, else by `quantization_config`."""
     config: Any = model.config
     config.quantization_config = None
-    edits = diff(model)
+    edits, fields = diff(model), dict(config.__dict__)
+    left = edits
     for change in _config_changes(model, edits):
-        edits = _settle(model, change, edits)
-    plain = _as_bitsandbytes(model, edits)
+        left = _settle(model, change, left)
+    plain = _as_bitsandbytes(model, left)
     if plain is not None:
         config.quantization_config = plain
-    elif edits:
+    elif left:
+        # The plug-in is needed anyway: then config.json stays that of the architecture as it came, and bounds every edit.
+        config.__dict__.update(fields)
         _check_loud(model, edits)
         config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits}
+        return edits
     else:
         del config.quantization_config
-    return edits
+    return left
 
 
 def _edit_between(old: nn.Module | None, new: nn.Module, name: str) -> dict[str, Any] | None:
@@ -243,8 +248,8 @@ def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | Non
     ):
         return None
     sort = dict(sorts.pop())
-    skipped = [name for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")]
-    if any(name.startswith(f"{skip}.") for skip in skipped for name in edits):
+    skipped = _dense_names(model)
+    if not all(should_convert_module(name, skipped) for name in edits):
         return None
     if sort["kind"] == "linear_8bit":
         return {
@@ -263,6 +268,19 @@ def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | Non
             "llm_int8_skip_modules": skipped,
         }
     return None
+
+
+def _dense_names(model: Any) -> list[str]:
+    """Linear layers that a load must leave dense, named so that they hold for `AutoModel` too: without the base's prefix,
+    and with what only a bare base model has, such as RoBERTa's pooler, which the checkpoint does not hold."""
+    names = [name for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")]
+    prefix = model.base_model_prefix
+    inner = getattr(model, prefix, None)
+    if isinstance(inner, nn.Module):
+        mine = {name for name, _ in inner.named_modules()}
+        bare = twin(inner).named_modules()
+        names += [name for name, module in bare if name not in mine and kind_of(module) in ("linear", "conv1d")]
+    return [name.removeprefix(f"{prefix}.") for name in names]
 
 
 def _check_loud(model: nn.Module, edits: Structure) -> None:

@@ -46,17 +46,17 @@ KINDS = (*ENCODERS, *DECODERS)
 def tiny_config(
     kind: str, vocab_size: int = 128, layers: int = 2, num_labels: int = 3, **more: Any
 ) -> PreTrainedConfig:
-    """Hidden 32, 4 heads (2 groups of keys and values where the kind has groups), 64 neurons; [PAD] is token 0."""
+    """Hidden 64, 4 heads (2 groups of keys and values where the kind has groups), 128 neurons; [PAD] is token 0."""
     sizes = {
-        "hidden_size": 32,
+        "hidden_size": 64,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "intermediate_size": 64,
+        "intermediate_size": 128,
         "max_position_embeddings": 130,
     }
     grouped = {**sizes, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
-    gpt2 = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_inner": 64, "n_positions": 128}
-    distilbert = {"dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 128}
+    gpt2 = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_inner": 128, "n_positions": 128}
+    distilbert = {"dim": 64, "n_layers": layers, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 128}
     classes: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         "bert": (BertConfig, sizes),
         "minilm": (BertConfig, {**sizes, "num_hidden_layers": max(layers, 3)}),
@@ -65,8 +65,8 @@ def tiny_config(
         "llama": (LlamaConfig, grouped),
         "qwen2": (Qwen2Config, grouped),
         # a head size of its own, so that not every kind has hidden_size == heads * head_dim
-        "qwen3": (Qwen3Config, {**grouped, "head_dim": 16}),
-        "mistral": (MistralConfig, {**grouped, "head_dim": 8, "sliding_window": None}),
+        "qwen3": (Qwen3Config, {**grouped, "head_dim": 32}),
+        "mistral": (MistralConfig, {**grouped, "head_dim": 16, "sliding_window": None}),
         "gpt2": (GPT2Config, {**gpt2, "bos_token_id": 2, "eos_token_id": 3}),
     }
     config_class, fields = classes[kind]

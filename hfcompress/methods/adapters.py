@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from hfcompress.errors import CompressionError
+from hfcompress.layers import is_low_bit
 from hfcompress.methods.base import Method, Tick
 
 
@@ -46,10 +47,11 @@ class Adapters(Method):
             target_modules=self.target_modules,
             modules_to_save=self.modules_to_save,
         )
-        try:
-            model.add_adapter(config)  # type: ignore[operator]
-        except ValueError as error:
-            raise CompressionError(f"adapters: target_modules {self.target_modules!r}: {error}") from error
+        with _low_bit_seen(model):
+            try:
+                model.add_adapter(config)  # type: ignore[operator]
+            except ValueError as error:
+                raise CompressionError(f"adapters: target_modules {self.target_modules!r}: {error}") from error
         try:
             yield None
         except BaseException:
@@ -59,6 +61,19 @@ class Adapters(Method):
             take_out(model, merge=True)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _low_bit_seen(model: Any) -> Iterator[None]:
+    """PEFT takes its own layers for low-bit ones only if the model says so; else merging adds floats to codes."""
+    told = {name: getattr(model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit")}
+    coded = {type(module).__name__ for module in model.modules() if is_low_bit(module)}
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = "Linear4bit" in coded, "Linear8bitLt" in coded
+    try:
+        yield
+    finally:
+        for name, value in told.items():
+            setattr(model, name, value)
 
 
 def take_out(model: Any, merge: bool) -> None:

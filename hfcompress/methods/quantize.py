@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from hfcompress.errors import CompressionError
 from hfcompress.layers import DTYPES, features, low_bit
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery import matching, swap
+
+log = logging.getLogger("hfcompress")
 
 
 class Quantize(Method):
@@ -63,7 +66,22 @@ class Quantize(Method):
         skipped = set(matching(model, self.skip_modules, possible, "quantize")) if self.skip_modules else set()
         if skipped.issuperset(chosen):
             raise CompressionError("quantize: skip_modules leaves no layer to quantise; take some out of it.")
-        return [name for name in chosen if name not in skipped]
+        names = [name for name in chosen if name not in skipped and self._fits(name, model.get_submodule(name))]
+        if not names:
+            raise CompressionError(
+                "quantize: 4 bits need in_features in multiples of 64 and out_features of 32, and no chosen layer has them; "
+                "prune with a round_to that keeps them, or choose bits: 8."
+            )
+        return names
+
+    def _fits(self, name: str, layer: nn.Module) -> bool:
+        """bitsandbytes 0.50 reads 4-bit rows wrongly on CPUs where a block of 64 spans two of them, and its AVX512-BF16 path
+        refuses rows that are not in thirty-twos."""
+        into, out = features(layer)
+        if self.bits == 8 or (into % 64 == 0 and out % 32 == 0):
+            return True
+        log.info("quantize: %s left alone: 4-bit kernels need (64n, 32m) features, it has (%d, %d)", name, into, out)
+        return False
 
     def quantized(self, layer: Any) -> nn.Module:
         """The low-bit twin of a Linear or Conv1D, on the same device."""
