@@ -1,0 +1,298 @@
+"""What every task does: open the data with a model's tokenizer, batch it, score models on it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from pydantic import Field, PositiveInt, PrivateAttr, model_serializer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hfcompress.checkpoints import (
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    positions,
+)
+from hfcompress.data import (
+    EVAL_SPLITS,
+    drop_duplicates,
+    quiet_datasets,
+    read_splits,
+    split_off,
+)
+from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.methods.base import Fields
+from hfcompress.metrics import higher_is_better, load_metrics
+
+
+class Task(Fields):
+    """The data, how to batch it, how to score it, which Auto class.
+
+    `open(path)` once, with the model the work starts from: its tokenizer and its labels are then those of the task.
+    """
+
+    auto_class: ClassVar[Any]
+
+    dataset: str = Field(description="Hub id, file, folder of files or of class folders, or package://NAME/path")
+    subset: str | None = Field(None, description="the subset (configuration) of a Hub data set")
+    train_split: str = Field("train", description="the split to train on")
+    eval_split: str | None = Field(None, description="the split to score on; default: validation, test, or split off")
+    text_column: str | None = Field(None, description="the column of the texts; guessed by default")
+    max_train_samples: PositiveInt | None = Field(None, description="train on a seeded choice of so many")
+    max_eval_samples: PositiveInt | None = Field(None, description="score on a seeded choice of so many")
+    eval_share: float = Field(0.2, gt=0, lt=1, description="what to split off where there is no split to score on")
+    eval_samples: PositiveInt | None = Field(None, description="how many texts to split off, instead of eval_share")
+    eval_batch_size: PositiveInt = Field(32, description="examples a batch when scoring")
+    metrics: list[str] = Field(["accuracy", "f1"], min_length=1, description="what to score; the first is the headline")
+    deduplicate: bool | None = Field(
+        None, description="use each text once; by default for local data, not for the Hub's"
+    )
+    seed: int = Field(0, description="of the split, of the choice of samples and of a new head")
+
+    _opened: str | None = PrivateAttr(None)
+    _processor: Any = PrivateAttr(None)
+    _config: Any = PrivateAttr(None)
+    _train: Dataset | None = PrivateAttr(None)
+    _eval: Dataset | None = PrivateAttr(None)
+    _reference: np.ndarray | None = PrivateAttr(None)
+    _original: nn.Module | None = PrivateAttr(None)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.model_dump() == other.model_dump()  # whether opened or not
+
+    @model_serializer(mode="wrap")
+    def _name_first(self, fields: Any) -> dict[str, Any]:
+        """The name stays even where defaults are left out: a recipe can't be read back without it."""
+        return {"name": type(self).model_fields["name"].default, **fields(self)}
+
+    # ---------------------------------------------------------------- opening
+
+    def load_processor(self, path: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of a checkpoint (folder, Hub id, .gguf file, package:// address), with a pad token."""
+        return load_tokenizer(path)
+
+    def open(self, model_path: str) -> Task:
+        """Tokenizer, data, splits, tokens; the same path again costs nothing. Returns itself; `CompressionError`s."""
+        if self._opened != str(model_path):
+            self._opened = self._train = self._eval = self._reference = None  # no mixture if something fails below
+            self._config, self._processor = load_config(model_path), self.load_processor(model_path)
+            with quiet_datasets():
+                train, held_out = self._split(self._read())
+                self._prepare(train, held_out, str(model_path))
+            self._opened = str(model_path)
+        return self
+
+    def load_model(self, path: str, **kwargs: Any) -> PreTrainedModel:
+        """The model of a checkpoint for this task, in eval mode; opens the task with it, if it is not open yet.
+
+        `kwargs` go to `from_pretrained`. GGUF files are dequantised to float32; else the checkpoint's dtype stays.
+        """
+        if self._opened is None:
+            self.open(path)
+        config = self._config if self._opened == str(path) else load_config(path)
+        head, is_new = self._head(config, path)
+        model = load_pretrained(self.auto_class, path, config, is_new, self.seed, **{**head, **kwargs})
+        if model.config.pad_token_id is None:  # decoders need it to find the last token of a padded text
+            model.config.pad_token_id = self.processor.pad_token_id
+        return model
+
+    def _read(self) -> dict[str, Dataset]:
+        """The rows as they came: {"train": ..., and "eval" unless it must be split off}, each text once if asked."""
+        splits, is_local = read_splits(self.dataset, self.subset)
+        for field, name in (("train_split", self.train_split), ("eval_split", self.eval_split)):
+            if name is not None and name not in splits:
+                raise CompressionError(
+                    f"{field}: dataset {self.dataset!r} has no {name!r}.{did_you_mean(name, splits)}"
+                )
+        other = self.eval_split or next((s for s in EVAL_SPLITS if s in splits and s != self.train_split), None)
+        rows = {"train": splits[self.train_split], **({"eval": splits[other]} if other else {})}
+        rows = {split: self._clean(part) for split, part in rows.items()}
+        if other and not self.eval_split and not len(rows["eval"]):
+            del rows["eval"]  # a test split whose labels are hidden is no split to score on
+        if self.deduplicate if self.deduplicate is not None else is_local:
+            # the texts to score on go first: what is in both is dropped from training
+            rows = drop_duplicates({split: rows[split] for split in sorted(rows)}, self._texts(rows["train"]))
+        for split, part in rows.items():
+            if not len(part):
+                raise CompressionError(
+                    f"dataset {self.dataset!r}: no text for {split} is left; give one that has some."
+                )
+        return rows
+
+    def _split(self, rows: dict[str, Dataset]) -> tuple[Dataset, Dataset]:
+        if "eval" in rows:
+            return rows["train"], rows["eval"]
+        if len(rows["train"]) < 2:
+            raise CompressionError(
+                f"dataset {self.dataset!r}: one text can't be split into training and scoring; name an eval_split."
+            )
+        label = next((c for c, kind in rows["train"].features.items() if isinstance(kind, ClassLabel)), None)
+        return split_off(rows["train"], self.eval_share, self.eval_samples, label, self.seed)
+
+    def _texts(self, rows: Dataset) -> list[str]:
+        raise NotImplementedError
+
+    def _clean(self, rows: Dataset) -> Dataset:
+        raise NotImplementedError
+
+    def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
+        raise NotImplementedError
+
+    def _head(self, config: PreTrainedConfig, path: str) -> tuple[dict[str, Any], bool]:
+        """What `from_pretrained` must be told about the head, and whether the head is new."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- data
+
+    @property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model the task was opened with."""
+        return self._ready(self._processor)
+
+    @property
+    def train_dataset(self) -> Dataset:
+        """Tokens and `labels` to train on."""
+        return self._ready(self._train)
+
+    @property
+    def eval_dataset(self) -> Dataset:
+        """Tokens and `labels` to score on; disjoint from the training data where the task made the split."""
+        return self._ready(self._eval)
+
+    @property
+    def collator(self) -> Any:
+        """Examples to a batch of tensors (batch, longest)."""
+        return DataCollatorWithPadding(self.processor)
+
+    def _ready(self, thing: Any) -> Any:
+        if thing is None:
+            raise CompressionError(
+                "the task has no data yet: call task.open(model_path) or task.load_model(path) first."
+            )
+        return thing
+
+    def _limit(self, asked: int) -> int:
+        """No longer than asked, than the tokenizer says and than the model has positions."""
+        return min(asked, self.processor.model_max_length, positions(self._config))
+
+    def _accepts(self, name: str) -> bool:
+        """Whether the model's forward knows this input (DistilBERT, say, has no token_type_ids)."""
+        known = self.auto_class._model_mapping.get(type(self._config), None)
+        return known is None or isinstance(known, tuple) or name in inspect.signature(known.forward).parameters
+
+    def batches(
+        self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
+        """A seeded choice of training examples, in batches (batch, length) with labels, on the model's device."""
+        chosen = np.random.default_rng(seed).permutation(len(self.train_dataset))[:samples]
+        yield from self._batched(self.train_dataset, chosen, batch_size, next(model.parameters()).device)
+
+    def _batched(self, data: Dataset, indices: Any, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(indices), size):
+            batch = self.collator([data[int(index)] for index in indices[start : start + size]])
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+    @property
+    def example_length(self) -> int:
+        """Tokens of an `example` if nothing is said."""
+        raise NotImplementedError
+
+    def example(self, batch_size: int, length: int | None = None) -> dict[str, Tensor]:
+        """The same batch every time, without padding or labels, for latency: both tensors are (batch_size, length).
+
+        The tokens are those of the first texts to score on, repeated or cut to the length.
+        """
+        length = length or self.example_length
+        rows = [self.eval_dataset[index % len(self.eval_dataset)]["input_ids"] for index in range(batch_size)]
+        tokens = torch.stack([torch.tensor(row).repeat(-(-length // len(row)))[:length] for row in rows])
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    # ---------------------------------------------------------------- scoring
+
+    @property
+    def headline(self) -> str:
+        """The metric that matters most: the first."""
+        return self.metrics[0]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the headline is better."""
+        return higher_is_better(self.headline)
+
+    def score(self, model: nn.Module) -> dict[str, float]:
+        """The metrics on the eval data and, once a model is remembered, the `agreement` with it."""
+        return self._scored(self._predict(model))
+
+    def remember(self, model: nn.Module) -> dict[str, float]:
+        """Score this model as the original: what others are compared with in `agreement`. Returns its scores."""
+        columns = self._predict(model)
+        self._reference = columns["predictions"]
+        return self._scored(columns)
+
+    def _scored(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        names = [*self.metrics]
+        if self._reference is not None and "agreement" not in names:
+            names.append("agreement")
+        if self._reference is None:
+            names = [name for name in names if name != "agreement"]
+        combined = load_metrics(names)
+        combined.add_batch(**columns, originals=self._reference)
+        return combined.compute()
+
+    def _predict(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """In the order of the eval data: `predictions`, `references` a decision; `nll`, `tokens` an example."""
+        data, device = self.eval_dataset, next(model.parameters()).device
+        # longest first: little padding, and memory runs out at the start or not at all
+        order = np.argsort([-len(ids) for ids in data["input_ids"][:]], kind="stable")
+        modes = [(module, module.training) for module in model.modules()]
+        rows: list[dict[str, np.ndarray]] = []
+        model.eval()
+        try:
+            batches = self._batched(data, order, self.eval_batch_size, device)
+            total = -(-len(order) // self.eval_batch_size)
+            for batch in tqdm(batches, desc="scoring", total=total, leave=False, disable=None):
+                labels = batch.pop("labels")
+                with torch.no_grad():
+                    logits = model(**batch).logits
+                    rows.extend(self._decide(row, label) for row, label in zip(logits, labels, strict=True))
+        finally:
+            for module, mode in modes:  # not model.train(): some modules may have been frozen in eval mode
+                module.training = mode
+        back = np.argsort(order)
+        return {name: np.concatenate([rows[index][name] for index in back]) for name in rows[0]}
+
+    def _decide(self, logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+        """One example. The log-softmax is in float32, and a row at a time, or a large vocabulary would not fit."""
+        known = labels != -100
+        logits, labels = logits[known].float(), labels[known]
+        return {
+            "predictions": logits.argmax(-1).cpu().numpy(),
+            "references": labels.cpu().numpy(),
+            "nll": F.cross_entropy(logits, labels).double().reshape(1).cpu().numpy(),
+            "tokens": np.array([len(labels)]),
+        }
+
+    # ---------------------------------------------------------------- the original
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The model as it came, if it was kept; distillation learns from it."""
+        return self._original
+
+    def keep_original(self, model: nn.Module) -> None:
+        """Keep a frozen copy of the model in eval mode, since steps edit in place."""
+        self._original = copy.deepcopy(model).eval().requires_grad_(False)
