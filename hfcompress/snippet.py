@@ -1,0 +1,79 @@
+"""How to load a saved model: the code a model card shows, read off the folder itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompress: end -->"
+
+
+def load_section(folder: Path, name: str) -> str:
+    """The snippet that loads this very folder, as `name`: a repository, or a path."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    auto = auto_class(config)
+    loaders = {"model": auto} | _preprocessors(folder)
+    with_adapter = (folder / "adapter" / "adapter_config.json").is_file()
+    packages = [
+        package
+        for package, needed in (
+            ("hfcompress", method == "hfcompress"),
+            ("bitsandbytes", method == "bitsandbytes"),
+            ("peft", with_adapter),
+        )
+        if needed
+    ]
+    quoted = json.dumps(name, ensure_ascii=False)
+    code = ["import hfcompress  # teaches transformers to load it"] if method == "hfcompress" else []
+    code += [f"from transformers import {', '.join(sorted(set(loaders.values())))}", ""]
+    code += [f"{variable} = {loader}.from_pretrained({quoted})" for variable, loader in loaders.items()]
+    if with_adapter:
+        code.append(f'model.load_adapter({quoted}, adapter_kwargs={{"subfolder": "adapter"}})')
+    parts = [SNIPPET_START, "## Load it", fenced("python", "\n".join(code))]
+    if packages:
+        parts.append(f"It needs `pip install {' '.join(packages)}`.")
+    return "\n\n".join([*parts, SNIPPET_END])
+
+
+def _preprocessors(folder: Path) -> dict[str, str]:
+    if (folder / "processor_config.json").is_file():
+        return {"processor": "AutoProcessor"}
+    found = {"tokenizer": "AutoTokenizer"} if (folder / "tokenizer_config.json").is_file() else {}
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        kind = "Feature" if "feature_extractor_type" in json.loads(path.read_text(encoding="utf-8")) else "Image"
+        found |= {"processor": "AutoFeatureExtractor" if kind == "Feature" else "AutoImageProcessor"}
+    return found
+
+
+def auto_class(config: dict[str, Any]) -> str:
+    """The Auto class that gives `architectures[0]`; of several, the one users know it by."""
+    architecture = (config.get("architectures") or [""])[0]
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        if name.startswith("AutoModel") and hasattr(transformers, name):
+            classes = getattr(auto, "_model_mapping", None)
+            given = classes._model_mapping.get(config.get("model_type")) if classes is not None else None
+            if architecture in (given if isinstance(given, tuple | list) else [given]):
+                found.append(name)
+    known = ["AutoModel", *(f"AutoModelFor{task}" for task in ("CausalLM", "Seq2SeqLM", "SpeechSeq2Seq", "MaskedLM"))]
+    vague = ["AutoModelForPreTraining", "AutoModelForTextEncoding", "AutoModelForMultimodalLM"]
+
+    def rank(name: str) -> tuple[bool, int, bool]:
+        same = architecture.endswith(name.removeprefix("AutoModel")) and name != "AutoModel"
+        return not same, known.index(name) if name in known else len(known), name in vague
+
+    if found:
+        return min(found, key=rank)
+    return architecture if hasattr(transformers, architecture or " ") else "AutoModel"
+
+
+def fenced(language: str, text: str) -> str:
+    fence = "```" if "```" not in text else "`" * (max(map(len, re.findall("`+", text))) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
