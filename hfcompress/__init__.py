@@ -1,0 +1,67 @@
+"""Make Hugging Face Transformers smaller and faster.
+
+Importing this registers the loader with transformers, so that plain `from_pretrained` loads compressed models, and does
+nothing else; the other names are read when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import hfcompress.loading  # noqa: F401
+
+if TYPE_CHECKING:
+    from hfcompress.compress import compress as compress
+    from hfcompress.errors import CompressionError as CompressionError
+    from hfcompress.methods import Adapters as Adapters
+    from hfcompress.methods import Cast as Cast
+    from hfcompress.methods import Distill as Distill
+    from hfcompress.methods import LowRank as LowRank
+    from hfcompress.methods import PruneHeads as PruneHeads
+    from hfcompress.methods import PruneNeurons as PruneNeurons
+    from hfcompress.methods import PruneWeights as PruneWeights
+    from hfcompress.methods import Quantize as Quantize
+    from hfcompress.methods import Student as Student
+    from hfcompress.methods import riding as riding
+    from hfcompress.recipe import Recipe as Recipe
+    from hfcompress.train import CompressionCallback as CompressionCallback
+    from hfcompress.train import Train as Train
+    from hfcompress.train import attach as attach
+
+_HOMES = {
+    "compress": "compress",
+    "CompressionError": "errors",
+    "Recipe": "recipe",
+    "CompressionCallback": "train",
+    "Train": "train",
+    "attach": "train",
+}
+__all__ = [  # noqa: RUF022  in the order people meet them
+    "compress",
+    "Recipe",
+    "CompressionCallback",
+    "attach",
+    "riding",
+    "Train",
+    "Distill",
+    "PruneHeads",
+    "PruneNeurons",
+    "PruneWeights",
+    "LowRank",
+    "Adapters",
+    "Quantize",
+    "Cast",
+    "Student",
+    "CompressionError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'hfcompress' has no attribute {name!r}")
+    return getattr(import_module(f"hfcompress.{_HOMES.get(name, 'methods')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

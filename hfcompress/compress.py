@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hfcompress import artifact
+from hfcompress import artifact, hub
 from hfcompress.errors import CompressionError, explained
 from hfcompress.methods import Distill
 from hfcompress.plots import plot
@@ -36,7 +36,7 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
         return Report.load(out / "report.json")
     _check_free(out, overwrite)
     if recipe.push_to:
-        artifact.check_push(recipe.push_to)
+        hub.check_push(recipe.push_to)
     work = out.with_name(out.name + ".partial")
     task = recipe.task
     tell(f"reading {recipe.task.dataset}")
@@ -56,7 +56,7 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
     state.wait_for_everyone()
     if recipe.push_to and state.is_main_process:
         tell(f"pushing to {recipe.push_to}")
-        tell(artifact.push(out, recipe.push_to, private=recipe.private))
+        tell(hub.push(out, recipe.push_to, private=recipe.private))
     return report
 
 
@@ -136,7 +136,7 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, 
         plot(report, whole / "report.png")
     except ImportError:
         log.info("no report.png: pip install 'hfcompress[plots]'")
-    artifact.write_card(
+    hub.write_card(
         whole, base_model=recipe.model, report=report, recipe_text=recipe.to_yaml(), task=task, repo_id=recipe.push_to
     )
     if out.exists():

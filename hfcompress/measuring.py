@@ -62,10 +62,17 @@ class Row:
     notes: tuple[str, ...] = ()
 
 
-def measure(model: nn.Module, task: Any, step: str, seconds: float | None = None) -> Row:
+def measure(
+    model: nn.Module,
+    task: Any,
+    step: str,
+    seconds: float | None = None,
+    score: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> Row:
     """Count, weigh, time and score a model, and leave it as it was.
 
     `task` has `score(model)`, `example(batch_size)`, `headline` and `higher_is_better`. `seconds`: what the step took.
+    `score` stands in for the task's own: `task.remember` scores and keeps the predictions.
     Raises CompressionError where the task doesn't score its own headline.
     """
     count = weigh(model)  # before any forward: a bitsandbytes layer may repack itself there
@@ -78,18 +85,18 @@ def measure(model: nn.Module, task: Any, step: str, seconds: float | None = None
                 once()
             latency[f"b{size}"] = least_and_median(_repeat(once, repetitions, seconds=2.5))
         # Timing came first, so that lazily mapped weights are resident before memory is watched.
-        score, growth = _watched(lambda: task.score(model), _device(model))
-    if task.headline not in score:
+        scores, growth = _watched(lambda: (score or task.score)(model), _device(model))
+    if task.headline not in scores:
         raise CompressionError(
             f"measure: the task's headline is {task.headline!r}, which its score lacks."
-            f"{did_you_mean(task.headline, score)}"
+            f"{did_you_mean(task.headline, scores)}"
         )
     return Row(
         step=step,
         parameters=count["parameters"],
         megabytes=count["bytes"] / 1e6,
         latency_ms=latency,
-        score={name: finite(float(value)) for name, value in score.items()},
+        score={name: finite(float(value)) for name, value in scores.items()},
         headline=task.headline,
         higher_is_better=bool(task.higher_is_better),
         nonzero=count["nonzero"],

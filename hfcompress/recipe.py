@@ -93,6 +93,15 @@ class Recipe(Fields):
         return cls.from_dict(raw, path.name)
 
 
+def task_from(raw: Any) -> Task:
+    """A task from plain data; CompressionError with all mistakes."""
+    mistakes: list[str] = []
+    task = _read_task(raw if isinstance(raw, dict) else {"name": raw}, mistakes)
+    if task is None:
+        raise CompressionError("\n".join(mistakes))
+    return task
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     inside = Path(str(resources.files("hfcompress"))) / "recipes"

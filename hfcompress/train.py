@@ -59,6 +59,11 @@ class Train(Step):
                 raise ValueError(f"{name} = {given[name]!r}: {error.errors()[0]['msg']}") from error
         return given
 
+    def __str__(self) -> str:
+        fields = self.model_dump(mode="json", exclude={"riders"}, exclude_defaults=True)
+        told = ", ".join(f"{name}: {value}" for name, value in {"epochs": self.epochs, **fields}.items())
+        return f"train ({told})" + "".join(f", with {rider}" for rider in self.riders)
+
     def run(self, model: nn.Module, task: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
             arguments = self.arguments(folder)
@@ -70,10 +75,18 @@ class Train(Step):
             with riding(model, self.riders, task) as tick:
                 trainer = _trainer(model, arguments, task, tick, self.riders)
                 trainer.train()
+                # accelerate wrapped forward in autocast and would leave it there: later steps would measure another model.
+                trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             model.zero_grad(set_to_none=True)
 
     def arguments(self, output_dir: str) -> TrainingArguments:
-        defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 10, "bf16": has_bf16()}
+        defaults = {
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 10,
+            "bf16": has_bf16(),
+            "use_cpu": not torch.accelerator.is_available(),
+        }
         if self.model_extra and self.model_extra.get("fp16"):
             defaults["bf16"] = False
         return TrainingArguments(

@@ -1,0 +1,161 @@
+"""The import directions, the sizes and the naming rules of ARCHITECTURE.md, held by a test."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hfcompress
+from hfcompress.methods import METHODS, Method
+from hfcompress.recipe import STEPS
+
+PACKAGE = Path(hfcompress.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each file may import of the package; a file stands above everything it names. `methods` means the folder.
+ALLOWED = {
+    "errors": "",
+    "layers": "errors",
+    "structure": "errors layers",
+    "loading": "errors layers structure",
+    "anatomy": "errors layers",
+    "surgery": "errors anatomy",
+    "scores": "errors layers anatomy surgery",
+    "losses": "",
+    "methods": "errors layers anatomy surgery scores losses methods.base methods.units",
+    "metrics": "errors",
+    "data": "errors",
+    "checkpoints": "errors data",
+    "task_base": "errors data checkpoints metrics methods.base",
+    "task": "errors data checkpoints metrics methods.base task_base",
+    "train": "errors structure methods methods.base",
+    "recipe": "errors methods methods.base task train",
+    "measuring": "errors",
+    "report": "errors measuring",
+    "plots": "errors report",
+    "artifact": "errors structure loading",
+    "snippet": "errors",
+    "hub": "errors snippet",
+    "compress": "errors methods task train recipe report plots artifact hub",
+    "cli": "errors recipe compress report artifact hub snippet",
+    "__init__": "loading errors methods recipe train compress",
+}
+ONLY_IN = {
+    "huggingface_hub": {"hub", "checkpoints"},
+    "transformers.quantizers": {"loading", "structure"},
+    "typer": {"cli"},
+    "datasets": {"data", "task", "task_base", "checkpoints", "metrics"},
+    "evaluate": {"metrics"},
+    "matplotlib": {"plots"},
+    "peft": {"methods.adapters", "artifact"},
+    "bitsandbytes": {"layers", "methods.quantize"},
+}
+LINES, FUNCTION_LINES = 380, 60
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            whole = {name for name in named if (PACKAGE.parent / Path(*name.split("."))).with_suffix(".py").is_file()}
+            found |= whole or {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_point_down(path: Path) -> None:
+    name = module(path)
+    allowed = set(ALLOWED["methods" if name.startswith("methods.") else name.removesuffix(".__init__")].split())
+    if name == "methods.__init__":
+        allowed |= {f"methods.{key}" for key in METHODS}
+    ours = {found.removeprefix("hfcompress.") for found in imports(path) if found.startswith("hfcompress.")}
+    assert ours <= allowed, f"{name} imports {ours - allowed}"
+
+
+def test_the_two_sides_never_meet() -> None:
+    program = (
+        "import sys, hfcompress\n"
+        "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    expected = [f"hfcompress.{name}" for name in ("errors", "layers", "loading", "structure")]
+    assert told.strip() == f"{expected} False False"
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_is_imported_in_its_own_files_only(library: str) -> None:
+    users = {module(path) for path in FILES if any(f"{name}.".startswith(f"{library}.") for name in imports(path))}
+    assert users <= ONLY_IN[library], f"{library} is imported by {users - ONLY_IN[library]}"
+    assert users, f"nothing imports {library}: take it out of the table"
+
+
+def test_trainer_is_imported_by_train_alone() -> None:
+    users = {module(path) for path in FILES if re.search(r"\bimport [^\n]*\bTrainer\b|^\s+Trainer,$", path.read_text(), re.M)}
+    assert users == {"train"}
+
+
+def test_module_names_stand_in_anatomy_alone() -> None:
+    users = {module(path) for path in FILES if "q_proj" in path.read_text()}
+    assert users == {"anatomy"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_files_and_functions_are_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= LINES, "it holds two ideas"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{node.name} is too long"  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_a_key_its_class_and_its_file_are_one_word(key: str) -> None:
+    method = METHODS[key]
+    assert method.__module__ == f"hfcompress.methods.{key}"
+    assert method.__name__ == "".join(word.capitalize() for word in key.split("_"))
+    assert getattr(hfcompress, method.__name__) is method
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_a_methods_docstring_is_a_card(key: str) -> None:
+    card = METHODS[key].__doc__ or ""
+    headings = re.findall(r"^\s*(Needs|Buys|Costs|Paper):", card, re.M)
+    assert headings == ["Needs", "Buys", "Costs", "Paper"]
+    assert all(field.description for field in METHODS[key].model_fields.values()), "every field says what it is"
+
+
+def test_methods_are_found_by_the_table_and_nowhere_else() -> None:
+    written = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__", "base", "units"}
+    assert written == set(METHODS)
+    assert set(STEPS) == {"train", *METHODS}
+    assert all(issubclass(method, Method) for method in METHODS.values())
+
+
+def test_no_print_no_pickle_no_remote_code() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert getattr(node.func, "id", "") != "print", path
+                assert getattr(node.func, "attr", "") not in ("exec", "eval_") and ast.unparse(node.func) != "torch.load", path
+        assert not re.search(r"^import pickle|trust_remote_code=True|ignore_mismatched_sizes=True", path.read_text(), re.M), path
+
+
+def test_the_root_has_few_names() -> None:
+    assert len(hfcompress.__all__) <= 18
+    for name in hfcompress.__all__:
+        assert getattr(hfcompress, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'Sesion'"):
+        hfcompress.Sesion  # noqa: B018
