@@ -156,8 +156,9 @@ def family_of(model: nn.Module) -> Family:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise CompressionError(
-            f"{type(model).__name__}: hfcompress does not know where heads, neurons and layers of {kind!r} models are; known "
-            f"are {', '.join(FAMILIES)}; distill, prune_weights, low_rank, adapters, quantize and cast work on any architecture."
+            f"{type(model).__name__}: hfcompress does not know where heads, neurons and layers of {kind!r} models are; "
+            f"known are {', '.join(FAMILIES)}; "
+            f"distill, prune_weights, low_rank, adapters, quantize and cast work on any architecture."
         )
     return FAMILIES[kind]
 
@@ -194,7 +195,7 @@ def _neurons(layer: nn.Module, name: str, family: Family) -> Units:
     )
 
 
-def body_linears(model: nn.Module) -> list[str]:
+def body_linears(model: Any) -> list[str]:
     """Names of every linear layer inside the base model: what `target_modules: all-linear` means, heads excepted."""
     prefix, base = base_of(model)
     skip = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

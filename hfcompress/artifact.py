@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfcompress.errors import CompressionError
 from hfcompress.loading import forget_reading
@@ -116,7 +116,7 @@ def _without_adapter(model: Any, folder: Path) -> Iterator[None]:
     from peft.utils import ModulesToSaveWrapper
 
     model.save_pretrained(folder)
-    wrapped: dict[str, nn.Module] = {
+    wrapped: dict[str, Any] = {
         name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
     }
     for name, module in wrapped.items():

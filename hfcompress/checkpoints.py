@@ -74,9 +74,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(where, **more)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise CompressionError(
-                f"model {str(path)!r}: its tokenizer has neither a pad nor an eos token; give it one."
-            )
+            raise CompressionError(f"model {str(path)!r}: its tokenizer has neither a pad nor an eos token; give it one.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

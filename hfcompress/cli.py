@@ -53,6 +53,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in output_dir.")] = False,
 ) -> None:
     """Run a recipe, and leave a proven artifact."""
+    _no_library_bars()
     from accelerate import PartialState
 
     from hfcompress.compress import compress
@@ -67,6 +68,13 @@ def run(
         _summary(out, report, chosen)
 
 
+def _no_library_bars() -> None:
+    """transformers' own progress bars can only be turned off by a call; ours stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def _tell(line: str) -> None:
     console.print(f"[bold cyan]›[/bold cyan] {escape(line)}")
 
@@ -74,10 +82,11 @@ def _tell(line: str) -> None:
 def _summary(out: Path, report: Any, recipe: Any) -> None:
     for missed in report.check_goal(recipe.goal.model_dump(exclude_none=True) if recipe.goal else None):
         console.print(f"[yellow]goal missed[/yellow] {escape(missed)}")
-    from hfcompress.snippet import load_section
+    from hfcompress.snippet import load_code
 
     console.print(f"\nEverything lies in [bold]{escape(str(out))}[/bold]: {', '.join(sorted(p.name for p in out.iterdir()))}")
-    console.print(escape(load_section(out, str(out))), markup=False)
+    console.print("Load it with:\n")
+    console.print(load_code(out, str(out))[0], markup=False)
 
 
 @app.command("list")
@@ -87,7 +96,9 @@ def list_recipes() -> None:
 
     table = Table("recipe", "what it does", "buys", box=None)
     for name, path in shipped_recipes().items():
-        head = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        head = [
+            line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+        ]
         buys = next((line.partition(":")[2].strip() for line in head if line.startswith("Buys:")), "")
         table.add_row(f"[bold]{name}[/bold]", head[0], buys)
     console.print(table)
@@ -154,6 +165,7 @@ def show(folder: Folder) -> None:
 @app.command("eval")
 def evaluate_model(folder: Folder, task: TaskOption = None) -> None:
     """Measure any model folder: parameters, megabytes, latency, memory, score."""
+    _no_library_bars()
     from hfcompress.artifact import load
     from hfcompress.report import Report, measure
 
@@ -167,6 +179,7 @@ def evaluate_model(folder: Folder, task: TaskOption = None) -> None:
 @app.command()
 def compare(a: Folder, b: Folder, task: TaskOption = None) -> None:
     """Measure two models interleaved, and say where the difference is not significant."""
+    _no_library_bars()
     from hfcompress.artifact import load
     from hfcompress.report import compare as compare_models
 
@@ -190,7 +203,9 @@ def push(
 def _folder(folder: str) -> Path:
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise CompressionError(f"{folder!r}: no model lies there (no config.json); give a folder that hfcompress run has written.")
+        raise CompressionError(
+            f"{folder!r}: no model lies there (no config.json); give a folder that hfcompress run has written."
+        )
     return path
 
 
@@ -208,13 +223,14 @@ def _task_of(*folders_and_task: str | None) -> Any:
         if told.is_file():
             return Recipe.load(str(told)).task
     raise CompressionError(
-        f"{first}: no recipe.yaml lies there to take the task from; say it: --task '{{name: text-classification, dataset: ...}}'."
+        f"{first}: no recipe.yaml lies there to take the task from; "
+        f"say it: --task '{{name: text-classification, dataset: ...}}'."
     )
 
 
 @app.callback()
 def quiet() -> None:
-    """A run's console shows progress, not library noise: told by variables and log levels, so that nothing is imported for it."""
+    """A run's console shows progress, not library noise: told by variables and log levels, without imports."""
     for variable, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

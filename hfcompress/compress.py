@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,16 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
     task = recipe.task
     tell(f"reading {recipe.task.dataset}")
     task.open(recipe.model)
-    model, report = _begin(recipe, task, work, overwrite, tell)
-    for number, step in list(enumerate(recipe.steps, start=1))[len(report.rows) - 1 :]:
-        _set_reference(recipe, task, model, number, step)
+    model, report, done = _begin(recipe, task, work, overwrite, tell)
+    for number, step in list(enumerate(recipe.steps, start=1))[done:]:
+        if number - 1 == recipe.reference:
+            _keep_teacher(recipe, task, model)
         tell(f"step {number} of {len(recipe.steps)}: {step}")
         started = time.monotonic()
         with explained(f"step {number} of {len(recipe.steps)}, {step.key()}"):
             step.run(model, task)
         model.eval()
-        _record(recipe, task, model, report, str(step), number, work, time.monotonic() - started)
+        _record(recipe, task, model, report, step.label, number, work, time.monotonic() - started)
     tell("saving, and proving it by a load in a fresh process")
     if state.is_main_process:
         _finish(recipe, task, model, report, work, out)
@@ -60,13 +62,14 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
     return report
 
 
-def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) -> tuple[Any, Report]:
-    """The model as it came and its row; or, after a crash, the model and the rows as they stood."""
+def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) -> tuple[Any, Report, int]:
+    """The model as it came and its row; or, after a crash, the model and the rows as they stood; and the steps done."""
     state = PartialState()
     unfinished = work / "recipe.yaml"
     if unfinished.is_file() and unfinished.read_text(encoding="utf-8") != recipe.to_yaml() and not overwrite:
         raise CompressionError(
-            f"{work}: an unfinished run of another recipe lies there; finish it, choose another output_dir, or pass --overwrite."
+            f"{work}: an unfinished run of another recipe lies there; finish it, choose another output_dir, "
+            f"or pass --overwrite."
         )
     resumes = unfinished.is_file() and (work / "report.json").is_file() and not overwrite
     state.wait_for_everyone()
@@ -77,9 +80,13 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) 
         tell(f"going on after step {done}, where an earlier run stopped")
         model = artifact.load(task, work / f"step-{done}") if done else task.load_model(recipe.model)
         if done > recipe.reference:
-            first = artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else task.load_model(recipe.model)
-            _keep(recipe, task, first.to(state.device))
-        return model.to(state.device), report
+            first = (
+                artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else task.load_model(recipe.model)
+            )
+            _keep_teacher(recipe, task, first.to(state.device))
+            if state.is_main_process:
+                task.remember(first)
+        return model.to(state.device), report, done
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -88,26 +95,17 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) 
     tell(f"loading {recipe.model}")
     model, report = task.load_model(recipe.model).to(state.device), Report(reference=recipe.reference)
     _record(recipe, task, model, report, "as it came", 0, work, 0.0)
-    return model, report
+    return model, report, 0
 
 
-def _set_reference(recipe: Recipe, task: Task, model: Any, number: int, step: Any) -> None:
-    if number - 1 == recipe.reference:
-        _keep(recipe, task, model, remember=False)
-
-
-def _keep(recipe: Recipe, task: Task, model: Any, remember: bool = True) -> None:
-    """What later steps need of the original: itself if a teacher is asked for, its predictions for the agreement."""
+def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
+    """A copy of the original, if a step will ask for it as its teacher."""
     riders = [rider for step in recipe.steps if isinstance(step, Train) for rider in step.riders]
     if any(isinstance(rider, Distill) and rider.teacher == "original" for rider in riders):
         task.keep_original(model)
-    if remember and PartialState().is_main_process:
-        task.remember(model)
 
 
-def _record(
-    recipe: Recipe, task: Task, model: Any, report: Report, step: str, number: int, work: Path, seconds: float
-) -> None:
+def _record(recipe: Recipe, task: Task, model: Any, report: Report, step: str, number: int, work: Path, seconds: float) -> None:
     """Measure a row and leave a snapshot to go on from."""
     state = PartialState()
     if state.is_main_process:
@@ -119,8 +117,6 @@ def _record(
         for old in work.glob("step-*"):
             if old.name not in (f"step-{number}", f"step-{recipe.reference}"):
                 shutil.rmtree(old)
-    else:
-        report.rows.append(None)  # type: ignore[arg-type]  counted, so that every process knows the step
     state.wait_for_everyone()
 
 
@@ -132,10 +128,10 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, 
     artifact.prove(model, task.example(2, min(32, task.example_length)), whole)
     (whole / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     report.save(whole / "report.json")
-    try:
+    if find_spec("matplotlib"):
         plot(report, whole / "report.png")
-    except ImportError:
-        log.info("no report.png: pip install 'hfcompress[plots]'")
+    else:
+        log.info("no report.png, for want of matplotlib: pip install 'hfcompress[plots]'")
     hub.write_card(
         whole, base_model=recipe.model, report=report, recipe_text=recipe.to_yaml(), task=task, repo_id=recipe.push_to
     )
@@ -153,5 +149,6 @@ def _is_done(out: Path, recipe: Recipe) -> bool:
 def _check_free(out: Path, overwrite: bool) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise CompressionError(
-            f"output_dir {str(out)!r}: something else lies there; choose another output_dir=..., or pass --overwrite to replace it."
+            f"output_dir {str(out)!r}: something else lies there; choose another output_dir=..., "
+            f"or pass --overwrite to replace it."
         )

@@ -257,9 +257,7 @@ def choose(rows: Dataset, most: int | None, seed: int) -> Dataset:
     return rows.shuffle(seed=seed, keep_in_memory=True).select(range(most), keep_in_memory=True)
 
 
-def split_off(
-    rows: Dataset, share: float, samples: int | None, label: str | None, seed: int
-) -> tuple[Dataset, Dataset]:
+def split_off(rows: Dataset, share: float, samples: int | None, label: str | None, seed: int) -> tuple[Dataset, Dataset]:
     """(train, eval) of rows without a split to score on; stratified by the ClassLabel column `label` if possible."""
     held_out = min(samples or max(1, round(share * len(rows))), len(rows) - 1)
     counts = Counter(rows[label][:] if label else ()).values()

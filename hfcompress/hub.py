@@ -278,9 +278,7 @@ def _metadata(
 
 def _summary(base_model: str, report: Any) -> str:
     before, after = report.rows[report.reference], report.rows[-1]
-    base = (
-        f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else f"`{_shown(base_model)}`"
-    )
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else f"`{_shown(base_model)}`"
     return (
         f"{base}, compressed with `hfcompress`: {_number(after.parameters / 1e6)} M parameters, were "
         f"{_number(before.parameters / 1e6)} M; {_number(after.megabytes)} MB, were {_number(before.megabytes)} MB."

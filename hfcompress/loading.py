@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -49,16 +48,18 @@ class _FromCodes(ConversionOps):
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], **where: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **where: Any) -> dict[str, Any]:
         from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
 
         reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
-        return reader(self.hf_quantizer).convert(input_dict, **where)
+        return reader(self.hf_quantizer).convert(input_dict, *args, **where)
 
 
 @register_quantizer("hfcompress")
 class HfcompressQuantizer(HfQuantizer):
     """Rebuilds the modules on the meta device before the weights load. bitsandbytes layers may stand among them."""
+
+    quantization_config: HfcompressConfig
 
     # 4-bit and 8-bit layers may share a model, so one table lists what either stores beside its weight.
     serialized_names = {  # noqa: RUF012  transformers declares it so
@@ -94,7 +95,7 @@ class HfcompressQuantizer(HfQuantizer):
         forget_reading(model)
         return model
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
         owner, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and is_low_bit(model.get_submodule(owner))
 

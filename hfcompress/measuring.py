@@ -88,8 +88,7 @@ def measure(
         scores, growth = _watched(lambda: (score or task.score)(model), _device(model))
     if task.headline not in scores:
         raise CompressionError(
-            f"measure: the task's headline is {task.headline!r}, which its score lacks."
-            f"{did_you_mean(task.headline, scores)}"
+            f"measure: the task's headline is {task.headline!r}, which its score lacks.{did_you_mean(task.headline, scores)}"
         )
     return Row(
         step=step,

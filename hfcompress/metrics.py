@@ -30,9 +30,7 @@ class OfflineMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({name: datasets.Value(dtype) for name, dtype in self.columns.items()})
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "", citation="", inputs_description="", features=features
-        )
+        return evaluate.MetricInfo(description=type(self).__doc__ or "", citation="", inputs_description="", features=features)
 
 
 class Accuracy(OfflineMetric):

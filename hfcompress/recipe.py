@@ -70,7 +70,9 @@ class Recipe(Fields):
             mistakes += _order_mistakes(raw["steps"])
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
-        raw = {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
+        raw = (
+            {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
+        )
         try:
             recipe = cls(**raw)
         except ValidationError as error:
@@ -117,8 +119,7 @@ def find_recipe(name_or_path: str) -> Path:
     if name_or_path in shipped:
         return shipped[name_or_path]
     raise CompressionError(
-        f"recipe {name_or_path!r}: there is no such file and no shipped recipe of that name."
-        + did_you_mean(path.stem, shipped)
+        f"recipe {name_or_path!r}: there is no such file and no shipped recipe of that name." + did_you_mean(path.stem, shipped)
     )
 
 
@@ -126,7 +127,9 @@ def apply_override(raw: Any, override: str) -> None:
     """Set `a.b.0.c=value` in plain recipe data; the value is read as YAML."""
     path, equals, value = override.partition("=")
     if not equals or not path:
-        raise CompressionError(f"override {override!r}: it must read key=value, as in steps.1.train.epochs=2 or model=me/my-bert.")
+        raise CompressionError(
+            f"override {override!r}: it must read key=value, as in steps.1.train.epochs=2 or model=me/my-bert."
+        )
     *parents, last = path.split(".")
     node = raw
     for done, part in enumerate(parents):
@@ -134,8 +137,10 @@ def apply_override(raw: Any, override: str) -> None:
         node = _child(node, part, override, create=not following.isdigit())
     if isinstance(node, list):
         node[_index(node, last, override)] = yaml.safe_load(value)
-    else:
+    elif isinstance(node, dict):
         node[last] = yaml.safe_load(value)
+    else:
+        raise CompressionError(f"override {override!r}: {last!r} is inside a value, not a mapping; shorten the path.")
 
 
 def _child(node: Any, part: str, override: str, create: bool) -> Any:
@@ -147,14 +152,18 @@ def _child(node: Any, part: str, override: str, create: bool) -> Any:
         raise CompressionError(f"override {override!r}: {part!r} is inside a value, not a mapping; shorten the path.")
     if node.get(part) is None:
         if part not in node and not (create and part in Recipe.model_fields):
-            raise CompressionError(f"override {override!r}: the recipe has no {part!r} there.{did_you_mean(part, map(str, node))}")
+            raise CompressionError(
+                f"override {override!r}: the recipe has no {part!r} there.{did_you_mean(part, map(str, node))}"
+            )
         node[part] = {}
     return node[part]
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise CompressionError(f"override {override!r}: {part!r} is no position in that list; possible are 0 to {len(node) - 1}.")
+        raise CompressionError(
+            f"override {override!r}: {part!r} is no position in that list; possible are 0 to {len(node) - 1}."
+        )
     return int(part)
 
 
@@ -211,15 +220,18 @@ def _sentences(error: ValidationError, where: str, cls: Any) -> list[str]:
     for one in error.errors():
         place = ".".join(str(part) for part in (where, *one["loc"]) if part != "")
         if one["type"] == "extra_forbidden":
-            possible = [field.alias or name for name, field in cls.model_fields.items()]
+            owner = Goal if "goal" in one["loc"][:-1] else cls
+            possible = [field.alias or name for name, field in owner.model_fields.items()]
             key = str(one["loc"][-1])
-            lines.append(f"{place.removesuffix(key).rstrip('.') or 'recipe'}: unknown key {key!r}.{did_you_mean(key, possible)}")
+            lines.append(
+                f"{place.removesuffix(key).rstrip('.') or 'recipe'}: unknown key {key!r}.{did_you_mean(key, possible)}"
+            )
         elif one["type"] == "missing":
             lines.append(f"{place}: this key is missing; {_help(cls, one['loc'])}")
         else:
             message = one["msg"].removeprefix("Value error, ")
             given = "" if isinstance(one["input"], dict) else f" = {one['input']!r}"
-            lines.append(f"{place}{given}: {message[0].lower() + message[1:]}{'' if message.endswith('.') else '.'}")
+            lines.append(f"{place}{given}: {message[0].lower() + message[1:]}{'' if message[-1] in '.?' else '.'}")
     return lines
 
 
@@ -234,7 +246,9 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
     for number, step in enumerate(steps):
         riders = step.riders if isinstance(step, Train) else ()
         if isinstance(step, Method) and step.needs_training:
-            mistakes.append(f"steps.{number}: {step.key()} does nothing without training; list it under `with:` of a train step.")
+            mistakes.append(
+                f"steps.{number}: {step.key()} does nothing without training; list it under `with:` of a train step."
+            )
         if quantised is not None and step is not None:
             if isinstance(step, Train) and not any(rider.key() == "adapters" for rider in riders):
                 mistakes.append(

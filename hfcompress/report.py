@@ -175,9 +175,7 @@ class Report:
     def markdown(self) -> str:
         """The same cells as a Markdown table, for a model card."""
         names, rows = self.cells()
-        safe = [
-            [cell.replace("|", "\\|") for cell in row] for row in [names, ["---", *["---:"] * (len(names) - 1)], *rows]
-        ]
+        safe = [[cell.replace("|", "\\|") for cell in row] for row in [names, ["---", *["---:"] * (len(names) - 1)], *rows]]
         return "\n".join(f"| {' | '.join(row)} |" for row in safe) + f"\n\n{self.legend()}\n"
 
 
@@ -252,15 +250,11 @@ def _score_cell(row: Row, reference: Row | None) -> str:
 
 def _rich(names: list[str], rows: list[list[str]], caption: str) -> Table:
     """Cells as plain text: a step may hold brackets, which rich would take for markup."""
-    table = Table(
-        caption=Text(caption), caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(caption=Text(caption), caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(names):
         # A narrow terminal may break between words, never cut a figure short.
         widest = max(len(word) for cell in [name, *(row[number] for row in rows)] for word in (cell.split() or [""]))
-        table.add_column(
-            name, justify="right" if number else "left", min_width=widest if number else None, overflow="fold"
-        )
+        table.add_column(name, justify="right" if number else "left", min_width=widest if number else None, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -24,7 +24,7 @@ def magnitude(model: nn.Module, all_units: list[Units], batches: Batches | None 
     scores = []
     for units in all_units:
         total = torch.zeros(units.count)
-        for name, rows in zip(units.inputs, units.rows, strict=True):
+        for name in units.inputs:
             weight = _out_in(model.get_submodule(name)).reshape(units.fused, units.count, -1)
             total += weight.square().sum(dim=(0, 2)).cpu()
         columns = _out_in(model.get_submodule(units.output)).T.reshape(units.count, -1)

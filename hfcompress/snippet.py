@@ -14,7 +14,16 @@ SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompres
 
 
 def load_section(folder: Path, name: str) -> str:
-    """The snippet that loads this very folder, as `name`: a repository, or a path."""
+    """The part of a model card that loads this very folder, as `name`: a repository, or a path."""
+    code, packages = load_code(folder, name)
+    parts = [SNIPPET_START, "## Load it", fenced("python", code)]
+    if packages:
+        parts.append(f"It needs `pip install {' '.join(packages)}`.")
+    return "\n\n".join([*parts, SNIPPET_END])
+
+
+def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
+    """Python that loads the folder, as `name`, and the packages it needs beside transformers."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
     auto = auto_class(config)
@@ -35,10 +44,7 @@ def load_section(folder: Path, name: str) -> str:
     code += [f"{variable} = {loader}.from_pretrained({quoted})" for variable, loader in loaders.items()]
     if with_adapter:
         code.append(f'model.load_adapter({quoted}, adapter_kwargs={{"subfolder": "adapter"}})')
-    parts = [SNIPPET_START, "## Load it", fenced("python", "\n".join(code))]
-    if packages:
-        parts.append(f"It needs `pip install {' '.join(packages)}`.")
-    return "\n\n".join([*parts, SNIPPET_END])
+    return "\n".join(code), packages
 
 
 def _preprocessors(folder: Path) -> dict[str, str]:

@@ -126,7 +126,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _name_in(model: nn.Module, name: str) -> str | None:
+def _name_in(model: Any, name: str) -> str | None:
     """The structure's name as this class knows it; None for a head that a base model does not have."""
     prefix = model.base_model_prefix
     if _submodule(model, name) is not None:
@@ -229,7 +229,7 @@ def _settle(model: nn.Module, change: dict[str, int], edits: Structure) -> Struc
         fewer = diff(model)
         if set(fewer) < set(edits):
             return fewer
-    except Exception:  # noqa: BLE001  a config class validates as it likes: what it refuses, the structure will tell
+    except Exception:
         pass
     for field, value in before.items():
         setattr(config, field, value)
@@ -238,7 +238,9 @@ def _settle(model: nn.Module, change: dict[str, int], edits: Structure) -> Struc
 
 def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | None:
     """The plain bitsandbytes config, if low-bit layers of one sort are all that changed; such a checkpoint needs no import."""
-    sorts = {tuple(sorted((k, v) for k, v in e.items() if k not in ("in_features", "out_features", "bias"))) for e in edits.values()}
+    sorts = {
+        tuple(sorted((k, v) for k, v in e.items() if k not in ("in_features", "out_features", "bias"))) for e in edits.values()
+    }
     blank = twin(model)
     if len(sorts) != 1 or any(
         features(blank.get_submodule(name)) != (edit.get("in_features"), edit.get("out_features"))

@@ -84,7 +84,8 @@ def keep_layers(model: nn.Module, anatomy: Anatomy, keep: list[int]) -> None:
     """Keep these layers, renumber what counts them (caches, layer types), and tell the config."""
     stack: Any = model.get_submodule(anatomy.stack)
     model.set_submodule(anatomy.stack, nn.ModuleList([stack[index] for index in keep]))
-    for number, layer in enumerate(model.get_submodule(anatomy.stack)):  # type: ignore[arg-type]
+    kept: Any = model.get_submodule(anatomy.stack)
+    for number, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
@@ -97,7 +98,7 @@ def keep_layers(model: nn.Module, anatomy: Anatomy, keep: list[int]) -> None:
 
 
 def matching(model: nn.Module, targets: list[str], possible: list[str], where: str) -> list[str]:
-    """The names among `possible` that end with one of the targets, as PEFT's `target_modules`; raises for one that matches none."""
+    """The names among `possible` that end with one of the targets, as PEFT's `target_modules` do; each must match."""
     for target in targets:
         if not any(_matches(name, target) for name in possible):
             leaves = {name.rpartition(".")[2] for name in possible}

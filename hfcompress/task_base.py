@@ -46,6 +46,7 @@ class Task(Fields):
     """
 
     auto_class: ClassVar[Any]
+    name: str
 
     dataset: str = Field(description="Hub id, file, folder of files or of class folders, or package://NAME/path")
     subset: str | None = Field(None, description="the subset (configuration) of a Hub data set")
@@ -58,9 +59,7 @@ class Task(Fields):
     eval_samples: PositiveInt | None = Field(None, description="how many texts to split off, instead of eval_share")
     eval_batch_size: PositiveInt = Field(32, description="examples a batch when scoring")
     metrics: list[str] = Field(["accuracy", "f1"], min_length=1, description="what to score; the first is the headline")
-    deduplicate: bool | None = Field(
-        None, description="use each text once; by default for local data, not for the Hub's"
-    )
+    deduplicate: bool | None = Field(None, description="use each text once; by default for local data, not for the Hub's")
     seed: int = Field(0, description="of the split, of the choice of samples and of a new head")
 
     _opened: str | None = PrivateAttr(None)
@@ -115,9 +114,7 @@ class Task(Fields):
         splits, is_local = read_splits(self.dataset, self.subset)
         for field, name in (("train_split", self.train_split), ("eval_split", self.eval_split)):
             if name is not None and name not in splits:
-                raise CompressionError(
-                    f"{field}: dataset {self.dataset!r} has no {name!r}.{did_you_mean(name, splits)}"
-                )
+                raise CompressionError(f"{field}: dataset {self.dataset!r} has no {name!r}.{did_you_mean(name, splits)}")
         other = self.eval_split or next((s for s in EVAL_SPLITS if s in splits and s != self.train_split), None)
         rows = {"train": splits[self.train_split], **({"eval": splits[other]} if other else {})}
         rows = {split: self._clean(part) for split, part in rows.items()}
@@ -128,9 +125,7 @@ class Task(Fields):
             rows = drop_duplicates({split: rows[split] for split in sorted(rows)}, self._texts(rows["train"]))
         for split, part in rows.items():
             if not len(part):
-                raise CompressionError(
-                    f"dataset {self.dataset!r}: no text for {split} is left; give one that has some."
-                )
+                raise CompressionError(f"dataset {self.dataset!r}: no text for {split} is left; give one that has some.")
         return rows
 
     def _split(self, rows: dict[str, Dataset]) -> tuple[Dataset, Dataset]:
@@ -180,9 +175,7 @@ class Task(Fields):
 
     def _ready(self, thing: Any) -> Any:
         if thing is None:
-            raise CompressionError(
-                "the task has no data yet: call task.open(model_path) or task.load_model(path) first."
-            )
+            raise CompressionError("the task has no data yet: call task.open(model_path) or task.load_model(path) first.")
         return thing
 
     def _limit(self, asked: int) -> int:
@@ -194,9 +187,7 @@ class Task(Fields):
         known = self.auto_class._model_mapping.get(type(self._config), None)
         return known is None or isinstance(known, tuple) or name in inspect.signature(known.forward).parameters
 
-    def batches(
-        self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0
-    ) -> Iterator[dict[str, Tensor]]:
+    def batches(self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
         """A seeded choice of training examples, in batches (batch, length) with labels, on the model's device."""
         chosen = np.random.default_rng(seed).permutation(len(self.train_dataset))[:samples]
         yield from self._batched(self.train_dataset, chosen, batch_size, next(model.parameters()).device)

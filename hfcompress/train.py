@@ -64,6 +64,10 @@ class Train(Step):
         told = ", ".join(f"{name}: {value}" for name, value in {"epochs": self.epochs, **fields}.items())
         return f"train ({told})" + "".join(f", with {rider}" for rider in self.riders)
 
+    @property
+    def label(self) -> str:
+        return " + ".join([self.key(), *(rider.key() for rider in self.riders)])
+
     def run(self, model: nn.Module, task: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
             arguments = self.arguments(folder)
@@ -108,9 +112,7 @@ def has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _trainer(
-    model: nn.Module, arguments: TrainingArguments, task: Any, tick: Any, riders: tuple[Method, ...]
-) -> Trainer:
+def _trainer(model: nn.Module, arguments: TrainingArguments, task: Any, tick: Any, riders: tuple[Method, ...]) -> Trainer:
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -235,7 +237,9 @@ class CompressionCallback(TrainerCallback):
 def attach(trainer: Trainer, *methods: Method) -> Trainer:
     """Apply methods to a Trainer that was already built: `attach(trainer, Distill(teacher), PruneHeads(ratio=0.3))`."""
     if trainer.optimizer is not None and any(method.adds_parameters for method in methods):
-        raise CompressionError("attach: the optimizer exists already and would not train new parameters; attach before train().")
+        raise CompressionError(
+            "attach: the optimizer exists already and would not train new parameters; attach before train()."
+        )
     callback = CompressionCallback(*methods)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     trainer.add_callback(callback)

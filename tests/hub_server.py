@@ -129,9 +129,7 @@ def _model_index_errors(where: str, entry: Any) -> list[str]:
         here = f"{where}.results[{number}]"
         needed += [(f"{here}.task.type", result.get("task", {}).get("type"))]
         needed += [(f"{here}.dataset.{key}", result.get("dataset", {}).get(key)) for key in ("type", "name")]
-        needed += [
-            (f"{here}.metrics.{key}", metric.get(key)) for metric in result["metrics"] for key in ("type", "value")
-        ]
+        needed += [(f"{here}.metrics.{key}", metric.get(key)) for metric in result["metrics"] for key in ("type", "value")]
     return [f'"{name}" is required' for name, value in needed if value is None or value == ""]
 
 

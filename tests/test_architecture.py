@@ -150,7 +150,9 @@ def test_no_print_no_pickle_no_remote_code() -> None:
             if isinstance(node, ast.Call):
                 assert getattr(node.func, "id", "") != "print", path
                 assert getattr(node.func, "attr", "") not in ("exec", "eval_") and ast.unparse(node.func) != "torch.load", path
-        assert not re.search(r"^import pickle|trust_remote_code=True|ignore_mismatched_sizes=True", path.read_text(), re.M), path
+        assert not re.search(r"^import pickle|trust_remote_code=True|ignore_mismatched_sizes=True", path.read_text(), re.M), (
+            path
+        )
 
 
 def test_the_root_has_few_names() -> None:

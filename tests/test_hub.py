@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 
-from hfcompress.hub import check_push, push, write_card
 from hfcompress.errors import CompressionError
+from hfcompress.hub import check_push, push, write_card
 from hfcompress.snippet import auto_class
 
 IDS = [[2, 5, 7, 3], [2, 9, 4, 3]]
@@ -306,9 +306,7 @@ def test_private_push_never_lands_in_a_public_repository(hub: HubServer, folder:
 
 @pytest.mark.filterwarnings("ignore")
 def test_second_push_replaces_the_first(hub: HubServer, folder: Path) -> None:
-    hub.add(
-        "me/tiny", {"model-00001-of-00001.safetensors": b"old", "model.safetensors.index.json": b"old", "a.txt": b"a"}
-    )
+    hub.add("me/tiny", {"model-00001-of-00001.safetensors": b"old", "model.safetensors.index.json": b"old", "a.txt": b"a"})
     push(folder, "me/tiny")
     assert "a.txt" in hub.files("me/tiny"), "files that are not the model's weights stay"
     assert {name for name in hub.files("me/tiny") if name.startswith("model")} == {"model.safetensors"}
@@ -448,9 +446,7 @@ def test_auto_class(model_type: str, architecture: str, expected: str) -> None:
     assert auto_class({"model_type": model_type, "architectures": [architecture]}) == expected
 
 
-def test_pushed_snippet_runs_in_a_fresh_process(
-    hub: HubServer, folder: Path, report: FakeReport, tmp_path: Path
-) -> None:
+def test_pushed_snippet_runs_in_a_fresh_process(hub: HubServer, folder: Path, report: FakeReport, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
     model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder), lora).eval()
     model.save_pretrained(folder / "adapter")

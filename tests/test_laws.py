@@ -17,6 +17,7 @@ import hfcompress.loading  # noqa: F401
 from hfcompress.anatomy import anatomy
 from hfcompress.artifact import save
 from hfcompress.errors import CompressionError
+from hfcompress.layers import is_low_bit
 from hfcompress.methods import (
     METHODS,
     Adapters,
@@ -31,7 +32,6 @@ from hfcompress.methods import (
     Student,
     riding,
 )
-from hfcompress.layers import is_low_bit
 from hfcompress.structure import describe, diff, rebuild, twin
 from hfcompress.surgery import cut, gate
 from tests.tiny import DECODERS, ENCODERS, tiny_model
@@ -62,7 +62,6 @@ def stacked(model: nn.Module, kind: str) -> None:
     PruneHeads(0.5, ranking="global").run(model, FewBatches(kind))
     PruneNeurons(0.3, ranking="global", round_to=32).run(model, FewBatches(kind))
     LowRank(rank=4, target_modules=[units.output for units in anatomy(model).units("heads")]).run(model, None)
-
 
 
 class FewBatches:

@@ -68,9 +68,7 @@ def low_bit(model: nn.Module, bits: int, compute_dtype: torch.dtype | None = Non
             continue
         sizes = (module.in_features, module.out_features)
         if bits == 4:
-            twin = bnb.nn.Linear4bit(
-                *sizes, bias=module.bias is not None, quant_type="nf4", compute_dtype=compute_dtype
-            )
+            twin = bnb.nn.Linear4bit(*sizes, bias=module.bias is not None, quant_type="nf4", compute_dtype=compute_dtype)
         else:
             twin = bnb.nn.Linear8bitLt(*sizes, bias=module.bias is not None, has_fp16_weights=False)
         twin.load_state_dict(module.state_dict())
@@ -339,9 +337,7 @@ def test_table_markdown_and_json_agree() -> None:
     names, cells = report.cells()
     table = report.table()
     assert [str(column.header) for column in table.columns] == names
-    assert [[str(cell) for cell in column.cells] for column in table.columns] == [
-        list(c) for c in zip(*cells, strict=True)
-    ]
+    assert [[str(cell) for cell in column.cells] for column in table.columns] == [list(c) for c in zip(*cells, strict=True)]
     lines = report.markdown().splitlines()
     shown = [[cell.strip().replace("\\|", "|") for cell in line.split(" | ")] for line in lines[:5]]
     shown = [[row[0].removeprefix("| "), *row[1:-1], row[-1].removesuffix(" |")] for row in shown]

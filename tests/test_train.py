@@ -167,7 +167,9 @@ def test_two_processes_give_the_gradient_of_one(kind: str, tmp_path: Path) -> No
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = str(Path(__file__).parent.parent)
-    run = subprocess.run([*command, str(script), str(tmp_path), kind], capture_output=True, text=True, env=env(root), timeout=300)
+    run = subprocess.run(
+        [*command, str(script), str(tmp_path), kind], capture_output=True, text=True, env=env(root), timeout=300
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     two = torch.load(tmp_path / "moved.pt")
     one = change(kind, tmp_path, "callback", 8, 1)
@@ -313,7 +315,9 @@ def test_mistakes_of_a_script_have_their_sentence(tmp_path: Path) -> None:
 
 def test_load_best_model_is_refused_while_gates_fade(tmp_path: Path) -> None:
     model = still("bert")
-    best = arguments(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", save_steps=1, eval_steps=1)
+    best = arguments(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", save_steps=1, eval_steps=1
+    )
     with pytest.raises(CompressionError, match="load_best_model_at_end would bring back a checkpoint"):
         Trainer(
             model=model,

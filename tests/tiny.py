@@ -43,9 +43,7 @@ DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 KINDS = (*ENCODERS, *DECODERS)
 
 
-def tiny_config(
-    kind: str, vocab_size: int = 128, layers: int = 2, num_labels: int = 3, **more: Any
-) -> PreTrainedConfig:
+def tiny_config(kind: str, vocab_size: int = 128, layers: int = 2, num_labels: int = 3, **more: Any) -> PreTrainedConfig:
     """Hidden 64, 4 heads (2 groups of keys and values where the kind has groups), 128 neurons; [PAD] is token 0."""
     sizes = {
         "hidden_size": 64,

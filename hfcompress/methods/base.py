@@ -37,8 +37,14 @@ class Step(Fields):
         raise NotImplementedError
 
     def __str__(self) -> str:
-        fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump(exclude_defaults=True).items())
+        fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump(mode="json", exclude_defaults=True).items())
         return f"{self.key()} ({fields})" if fields else self.key()
+
+    @property
+    def label(self) -> str:
+        """A few words for a table: the key and its first field, "prune_heads 0.5"."""
+        first = next(iter(self.model_dump(mode="json").values()), None)
+        return f"{self.key()} {first}" if isinstance(first, int | float | str) else self.key()
 
 
 class Method(Step):
@@ -81,4 +87,9 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
     """
     with ExitStack() as stack:
         ticks = [tick for method in methods if (tick := stack.enter_context(method.applied(model, task))) is not None]
-        yield lambda progress: [tick(progress) for tick in ticks] and None
+
+        def tick_all(progress: float) -> None:
+            for tick in ticks:
+                tick(progress)
+
+        yield tick_all

@@ -28,7 +28,8 @@ class Distill(Method):
     replaces_loss: ClassVar[bool] = True
 
     teacher: Any = Field(
-        "original", description="original: the model before its first compressing step; a path or Hub id; or, in Python, a model."
+        "original",
+        description="original: the model before its first compressing step; a path or Hub id; or, in Python, a model.",
     )
     temperature: float = Field(2.0, gt=0, description="Softens both distributions.")
     alpha: float = Field(0.7, ge=0, le=1, description="Weight of the soft targets; the task loss gets the rest.")

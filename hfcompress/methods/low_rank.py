@@ -50,7 +50,7 @@ class LowRank(Method):
             raise CompressionError("low_rank: no layer would shrink at this rank; lower rank, ratio or energy.")
         yield None
 
-    def _targets(self, model: nn.Module) -> list[str]:
+    def _targets(self, model: Any) -> list[str]:
         linears = body_linears(model)
         if self.target_modules is None:
             if not linears:
@@ -89,12 +89,12 @@ class LowRank(Method):
         if self.ratio is not None:
             return max(1, int(self.ratio * shape.numel() / sum(shape)))
         energy = values.square().cumsum(0) / values.square().sum()
-        return min(len(values), int((energy < self.energy).sum()) + 1)
+        return min(len(values), int((energy < (self.energy or 0)).sum()) + 1)
 
 
 def _as_layer(old: Any, into: Tensor, out: Tensor) -> nn.Module:
     """`into` (rank, in) and `out` (out, rank) as the layer that takes `old`'s place; an embedding's (vocabulary) is `in`."""
-    where = {"device": into.device, "dtype": into.dtype}
+    where: dict[str, Any] = {"device": into.device, "dtype": into.dtype}
     if isinstance(old, nn.Embedding):
         table = LowRankEmbedding(*features(old), into.shape[0], old.padding_idx, **where)
         table.table.weight = nn.Parameter(into.T.contiguous())

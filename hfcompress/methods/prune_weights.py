@@ -24,7 +24,9 @@ class PruneWeights(Method):
     """
 
     sparsity: float = Field(gt=0, lt=1, description="Share of the weights to set to zero in every target layer, 0..1.")
-    target_modules: list[str] | None = Field(None, description="Suffixes of module names; all linear layers of the body if absent.")
+    target_modules: list[str] | None = Field(
+        None, description="Suffixes of module names; all linear layers of the body if absent."
+    )
     ramp: float = Field(0.7, gt=0, le=1, description="Under train: the share of the steps over which sparsity rises.")
 
     @contextmanager
@@ -34,7 +36,7 @@ class PruneWeights(Method):
             raise CompressionError("prune_weights: no dense linear layer is left; list it before low_rank and quantize.")
         if self.target_modules is not None:
             names = matching(model, self.target_modules, names, "prune_weights")
-        weights = [model.get_submodule(name).weight for name in names]
+        weights: list[Any] = [model.get_submodule(name).weight for name in names]
         alive = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
 
         def tick(progress: float) -> None:

@@ -42,9 +42,7 @@ class UnitPruning(Method):
         all_units = anatomy(model).units(self.kind)
         kept = self._choose(model, all_units, task)
         gates = [torch.ones(units.count) for units in all_units]
-        handles = [
-            gate(model, units, partial(_on, values)) for units, values in zip(all_units, gates, strict=True)
-        ]
+        handles = [gate(model, units, partial(_on, values)) for units, values in zip(all_units, gates, strict=True)]
 
         def tick(progress: float) -> None:
             left = (1 - min(1.0, progress / self.fade)) ** 3
@@ -66,8 +64,8 @@ class UnitPruning(Method):
         kept = scores.RANKINGS[self.ranking](scores.SCORES[self.scores](model, all_units, batches), self.ratio, self.round_to)
         if all(len(keep) == units.count for keep, units in zip(kept, all_units, strict=True)):
             raise CompressionError(
-                f"{self.key()}: ratio {self.ratio} of {all_units[0].count} {self.kind} a layer, rounded to {self.round_to}, cuts "
-                f"nothing; raise ratio or lower round_to."
+                f"{self.key()}: ratio {self.ratio} of {all_units[0].count} {self.kind} a layer, rounded to {self.round_to}, "
+                f"cuts nothing; raise ratio or lower round_to."
             )
         return kept
 

@@ -1,0 +1,98 @@
+"""What README shows runs: its Python on tiny stand-ins, its recipe whole, its commands against the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, Trainer
+from typer.testing import CliRunner
+
+from hfcompress import PruneHeads, Recipe
+from hfcompress.artifact import save
+from hfcompress.cli import app
+from hfcompress.compress import compress
+from hfcompress.methods import METHODS
+from hfcompress.recipe import shipped_recipes
+from tests.test_laws import FewBatches
+from tests.test_train import Rows, arguments, still
+from tests.tiny import tiny_checkpoint, tiny_model, tiny_texts
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_a_python_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = tiny_model("bert")
+    PruneHeads(0.5).run(small, FewBatches("bert"))
+    save(small, None, tmp_path / "me" / "my-bert-small")
+    model, loader = still("bert"), DataLoader(Rows("bert"), batch_size=4)  # type: ignore[arg-type]
+    args = arguments(tmp_path / "work", max_steps=2)
+    given: dict[str, Any] = {
+        "model": model,
+        "teacher": still("bert", seed=1),
+        "args": args,
+        "train_dataset": Rows("bert"),
+        "trainer": Trainer(model=model, args=args, train_dataset=Rows("bert")),  # type: ignore[arg-type]
+        "loader": loader,
+        "optimizer": AdamW(model.parameters(), lr=1e-3),
+    }
+    exec(blocks("python")[number], given)
+    if "save_model" in blocks("python")[number]:
+        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "my-bert-small").num_parameters() > 0
+
+
+def test_the_recipe_runs(tmp_path: Path) -> None:
+    tiny_texts(tmp_path / "texts")
+    tiny_checkpoint(tmp_path / "model", "distilbert")
+    (raw,) = (yaml.safe_load(block) for block in blocks("yaml"))
+    assert Recipe.from_dict(raw).task.dataset == "glue/sst2"
+    raw |= {"model": str(tmp_path / "model"), "task": {**raw["task"], "dataset": str(tmp_path / "texts")}}
+    assert len(compress(Recipe.from_dict(raw), tmp_path / "out").rows) == len(raw["steps"]) + 1
+
+
+def test_the_commands_exist() -> None:
+    commands = [line.partition("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    makefile = (ROOT / "Makefile").read_text()
+    assert commands
+    for command in commands:
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", makefile, re.M), command
+            continue
+        assert program == "hfcompress"
+        if words[0] == "run":
+            Recipe.load(words[1], words[2:])
+        else:
+            assert CliRunner().invoke(app, [words[0], "--help"]).exit_code == 0, command
+
+
+def test_every_method_is_in_the_table() -> None:
+    assert set(METHODS) == {name for row in re.findall(r"^\| (`[^|]+) \|", README, re.M) for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_table_and_the_picture_are_those_of_a_committed_report() -> None:
+    from hfcompress.report import Report
+
+    report = Report.load(ROOT / "docs" / "quickstart.json")
+    shown = README.partition("<!-- quickstart table -->")[2].partition("<!-- end -->")[0].strip()
+    assert shown == report.markdown().partition("\n\n")[0].strip()
+    assert (ROOT / "docs" / "quickstart.png").is_file()
+    told = json.loads((ROOT / "docs" / "quickstart.json").read_text())
+    reference = told["rows"][told["reference"]]
+    assert len(told["rows"]) == len(Recipe.load("quickstart").steps) + 1
+    assert reference["megabytes"] / told["rows"][-1]["megabytes"] >= 4
+    assert "quickstart" in shipped_recipes()
