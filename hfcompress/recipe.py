@@ -49,7 +49,7 @@ class Recipe(Fields):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without what is at its default. `Recipe.from_dict(recipe.to_dict()) == recipe`."""
         plain = self.model_dump(mode="json", exclude_defaults=True, exclude={"task", "steps"})
-        task = {"name": self.task.name, **self.task.model_dump(mode="json", exclude_defaults=True, exclude={"name"})}
+        task = self.task.model_dump(mode="json", exclude_defaults=True)  # its name stays
         head = {"model": plain.pop("model"), "task": task, "steps": [_step_to_plain(step) for step in self.steps]}
         return {**head, **plain}
 

@@ -46,7 +46,6 @@ class Task(Fields):
     """
 
     auto_class: ClassVar[Any]
-    name: str
 
     dataset: str = Field(description="Hub id, file, folder of files or of class folders, or package://NAME/path")
     subset: str | None = Field(None, description="the subset (configuration) of a Hub data set")

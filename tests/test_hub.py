@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import FINE, OTHER, READ, WRITE, HubServer, card_errors
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
@@ -28,6 +27,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 from hfcompress.errors import CompressionError
 from hfcompress.hub import check_push, push, write_card
 from hfcompress.snippet import auto_class
+from tests.hub_server import FINE, OTHER, READ, WRITE, HubServer, card_errors
 
 IDS = [[2, 5, 7, 3], [2, 9, 4, 3]]
 MEASURED_ON = "Measured on: cpu a processor, cpu flags avx2 amx, threads 2."

@@ -81,7 +81,9 @@ def test_the_commands_exist() -> None:
 
 
 def test_every_method_is_in_the_table() -> None:
-    assert set(METHODS) == {name for row in re.findall(r"^\| (`[^|]+) \|", README, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert set(METHODS) == {
+        name for row in re.findall(r"^\| (`[^|]+) \|", README, re.M) for name in re.findall(r"`(\w+)`", row)
+    }
 
 
 def test_the_table_and_the_picture_are_those_of_a_committed_report() -> None:

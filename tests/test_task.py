@@ -17,11 +17,11 @@ import yaml
 from datasets import Dataset
 from pydantic import ValidationError
 from sklearn.metrics import f1_score
-from tiny import TOPICS, tiny_checkpoint, tiny_model, tiny_texts, tiny_tokenizer
 
 from hfcompress.data import read_splits
 from hfcompress.errors import CompressionError
 from hfcompress.task import TASKS, CausalLM, TextClassification, read_task, resolve_address
+from tests.tiny import TOPICS, tiny_checkpoint, tiny_model, tiny_texts, tiny_tokenizer
 
 NAMES = tuple(sorted(TOPICS))
 

@@ -54,7 +54,7 @@ def arguments(folder: Path, batch: int = 8, accumulate: int = 1, **more: Any) ->
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulate,
         "max_steps": 1,
-        "learning_rate": 0.1,
+        "learning_rate": 10.0,  # large: what is lost to the rounding of the weights must not count
         "optim": "sgd",
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
@@ -89,7 +89,7 @@ def change(kind: str, folder: Path, way: str, batch: int, accumulate: int) -> to
             collator = processor = original = None
             headline = "perplexity" if FewBatches(kind).causal else "accuracy"
 
-        fields = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1, "bf16": False}
+        fields = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 10.0, "bf16": False}
         step = Train(
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=1, riders=methods, **fields
         )
@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_a_bare_loop(kind: str, tmp_path: Path) -> None:
     batch = torch.utils.data.default_collate(list(Rows(kind)))
     with riding(model, [Distill(still(kind, seed=1))], None):
         model(**batch).loss.backward()
-    bare = torch.cat([(-0.1 * p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()])
+    bare = torch.cat([(-10.0 * p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()])
     assert (bare - change(kind, tmp_path, "callback", 2, 4)).norm() <= 1e-5 * bare.norm()
 
 
@@ -141,7 +141,7 @@ def test_plain_training_accumulates_rightly_too() -> None:
             optim="sgd",
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
-            learning_rate=0.1,
+            learning_rate=10.0,
             bf16=False,
         ).run(model, Rowed())
         gradients.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
@@ -286,15 +286,6 @@ def test_mistakes_of_a_script_have_their_sentence(tmp_path: Path) -> None:
         tmp_path,
         label_smoothing_factor=0.1,
     )
-    refused(
-        "prune_heads: load_best_model_at_end would bring back a checkpoint from before its units had faded out; set "
-        "load_best_model_at_end=False, or prune before training.",
-        [PruneHeads(0.5)],
-        tmp_path,
-        load_best_model_at_end=True,
-        eval_strategy="steps",
-        save_strategy="steps",
-    ) if False else None
     other = still("bert", seed=1, num_labels=5)
     refused(
         "distill: the teacher's labels ['LABEL_0', 'LABEL_1', 'LABEL_2', 'LABEL_3', 'LABEL_4'] are not the student's "
