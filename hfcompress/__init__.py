@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import hfcompress.loading  # noqa: F401
 
 if TYPE_CHECKING:
-    from hfcompress.compress import compress as compress
     from hfcompress.errors import CompressionError as CompressionError
+    from hfcompress.loop import compress as compress
     from hfcompress.methods import Adapters as Adapters
     from hfcompress.methods import Cast as Cast
     from hfcompress.methods import Distill as Distill
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hfcompress.train import attach as attach
 
 _HOMES = {
-    "compress": "compress",
+    "compress": "loop",
     "CompressionError": "errors",
     "Recipe": "recipe",
     "CompressionCallback": "train",

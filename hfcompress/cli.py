@@ -54,14 +54,13 @@ def run(
 ) -> None:
     """Run a recipe, and leave a proven artifact."""
     _no_library_bars()
-    from accelerate import PartialState
-
-    from hfcompress.compress import compress
+    from hfcompress.loop import compress
+    from hfcompress.processes import processes
     from hfcompress.recipe import Recipe, find_recipe
 
     chosen = Recipe.load(recipe, overrides or [])
     out = Path(chosen.output_dir or Path("out") / find_recipe(recipe).stem)
-    is_main = PartialState().is_main_process
+    is_main = processes().is_main_process
     report = compress(chosen, out, overwrite=overwrite, tell=_tell if is_main else lambda line: None)
     if is_main:
         console.print(report.table())

@@ -165,7 +165,7 @@ class Report:
     def legend(self) -> str:
         """How to read the cells, and the notes of the rows."""
         reference, _ = self._pair()
-        told = [f"Ratios and differences are against “{reference.step}”. Times are least (median)."]
+        told = [f"Ratios: times smaller or faster than “{reference.step}”; differences are to it too. Times: least (median)."]
         return " ".join(told + [f"{row.step}: {note}." for row in self.rows for note in row.notes])
 
     def table(self) -> Table:
@@ -228,7 +228,7 @@ def _size_cell(row: Row, reference: Row | None) -> str:
     ratio = reference.megabytes / row.megabytes if reference else 1.0
     if 0.995 < ratio < 1.005:
         return size
-    return f"{size} ({_times(ratio)} smaller)" if ratio > 1 else f"{size} ({_times(1 / ratio)} larger)"
+    return f"{size} ({_times(ratio)})"
 
 
 def _time_cell(row: Row, reference: Row | None, batch: str, flagged: bool) -> str:
@@ -254,7 +254,12 @@ def _rich(names: list[str], rows: list[list[str]], caption: str) -> Table:
     for number, name in enumerate(names):
         # A narrow terminal may break between words, never cut a figure short.
         widest = max(len(word) for cell in [name, *(row[number] for row in rows)] for word in (cell.split() or [""]))
-        table.add_column(name, justify="right" if number else "left", min_width=widest if number else None, overflow="fold")
+        table.add_column(
+            name,
+            justify="right" if number else "left",
+            min_width=widest if number else min(20, max(len(row[0]) for row in rows)),
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.anatomy import Units
 from hfcompress.errors import CompressionError
 from hfcompress.layers import features
+from hfcompress.processes import processes
 from hfcompress.surgery import gate
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
@@ -80,7 +80,7 @@ SCORES = {"magnitude": magnitude, "gradient": gradient}
 
 def _agreed(score: Tensor) -> Tensor:
     """The first process decides: kernels that add in another order must not make two processes cut different units."""
-    state = PartialState()
+    state = processes()
     if state.num_processes == 1:
         return score
     return broadcast(score.to(state.device)).cpu()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.methods.base import Method, Step, riding
+from hfcompress.methods.base import Batches, Method, Step, riding
 from hfcompress.structure import describe
 
 # What the recipe decides itself: where things lie, and which process does what.
@@ -251,33 +250,3 @@ def _unwrapped(model: Any) -> Any:
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
     return model
-
-
-class Batches:
-    """What methods need of a Task, from a data loader: a few labelled batches."""
-
-    original = None
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def batches(self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-        """About `samples` examples, on the model's device."""
-        device, seen = next(model.parameters()).device, 0
-        for batch in self._plain(batch_size, seed):
-            yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-            seen += len(next(iter(batch.values())))
-            if seen >= samples:
-                return
-
-    def _plain(self, batch_size: int, seed: int) -> Iterable[Any]:
-        # A fresh loader over the same data: leaving the Trainer's own in the middle would upset accelerate's bookkeeping.
-        if not isinstance(getattr(self._loader, "dataset", None), torch.utils.data.Dataset):
-            return self._loader
-        return DataLoader(
-            self._loader.dataset,
-            batch_size=batch_size,
-            shuffle=True,
-            collate_fn=self._loader.collate_fn,
-            generator=torch.Generator().manual_seed(seed),
-        )

@@ -25,8 +25,9 @@ ALLOWED = {
     "loading": "errors layers structure",
     "anatomy": "errors layers",
     "surgery": "errors anatomy",
-    "scores": "errors layers anatomy surgery",
+    "scores": "errors layers anatomy surgery processes",
     "losses": "",
+    "processes": "",
     "methods": "errors layers anatomy surgery scores losses methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
@@ -41,9 +42,9 @@ ALLOWED = {
     "artifact": "errors structure loading",
     "snippet": "errors",
     "hub": "errors snippet",
-    "compress": "errors methods task train recipe report plots artifact hub",
-    "cli": "errors recipe compress report artifact hub snippet",
-    "__init__": "loading errors methods recipe train compress",
+    "loop": "errors processes methods task train recipe report plots artifact hub",
+    "cli": "errors processes recipe loop report artifact hub snippet",
+    "__init__": "loading errors methods recipe train loop",
 }
 ONLY_IN = {
     "huggingface_hub": {"hub", "checkpoints"},

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hfcompress import PruneHeads, Recipe
 from hfcompress.artifact import save
 from hfcompress.cli import app
-from hfcompress.compress import compress
+from hfcompress.loop import compress
 from hfcompress.methods import METHODS
 from hfcompress.recipe import shipped_recipes
 from tests.test_laws import FewBatches

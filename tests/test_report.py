@@ -344,7 +344,7 @@ def test_table_markdown_and_json_agree() -> None:
     assert shown[0] == names and shown[2][1:] == cells[0][1:] and shown[3] == cells[1]
     assert "quantize [bits \\| 4]" in lines[4]
     last = report.to_dict()["rows"][2]
-    assert cells[2][names.index("MB")] == f"{last['megabytes']} (9.3x smaller)"
+    assert cells[2][names.index("MB")] == f"{last['megabytes']} (9.3x)"
     assert cells[2][names.index("params")] == f"{last['parameters'] / 1e6}M"
     assert cells[2][names.index("accuracy")] == "0.9740 (+0.0020)"
     assert cells[2][names.index("agrees")] == "0.9900" and cells[2][-1] == "50"
@@ -356,7 +356,7 @@ def test_no_figure_is_cut_off_in_a_terminal(width: int) -> None:
     out = io.StringIO()
     Console(file=out, width=width).print(story().table())
     text = out.getvalue()
-    for figure in ("17.4M", "smaller)", "(175.4)", "(+0.0020)", "0.9900", "[bits", "slower"):
+    for figure in ("17.4M", "(9.3x)", "(175.4)", "(+0.0020)", "0.9900", "[bits", "slower"):
         assert figure in text
     assert any(line.rstrip().endswith("50") for line in text.splitlines())
 

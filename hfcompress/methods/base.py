@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 Tick = Callable[[float], None]
 """Called after every optimizer step with the progress of training, 0..1."""
@@ -71,6 +73,36 @@ class Method(Step):
                 tick(1.0)
 
 
+class Batches:
+    """What methods need of a Task, from a data loader: a few labelled batches."""
+
+    original = None
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def batches(self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+        """About `samples` examples, on the model's device."""
+        device, seen = next(model.parameters()).device, 0
+        for batch in self._plain(batch_size, seed):
+            yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            seen += len(next(iter(batch.values())))
+            if seen >= samples:
+                return
+
+    def _plain(self, batch_size: int, seed: int) -> Iterable[Any]:
+        # A fresh loader over the same data: leaving the Trainer's own in the middle would upset accelerate's bookkeeping.
+        if not isinstance(getattr(self._loader, "dataset", None), Dataset):
+            return self._loader
+        return DataLoader(
+            self._loader.dataset,
+            batch_size=batch_size,
+            shuffle=True,
+            collate_fn=self._loader.collate_fn,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+
 @contextmanager
 def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: Any = None) -> Iterator[Tick]:
     """Apply several methods around one training loop of your own.
@@ -85,6 +117,8 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
     `task`: a Task, or any iterable of batches (dicts of tensors) for methods that score on data.
     What was entered first is finished last. On an error inside, nothing is cut or merged: hooks come off, the error goes on.
     """
+    if task is not None and not hasattr(task, "batches"):
+        task = Batches(task)
     with ExitStack() as stack:
         ticks = [tick for method in methods if (tick := stack.enter_context(method.applied(model, task))) is not None]
 

@@ -10,12 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from hfcompress import artifact, hub
 from hfcompress.errors import CompressionError, explained
 from hfcompress.methods import Distill
 from hfcompress.plots import plot
+from hfcompress.processes import processes
 from hfcompress.recipe import Recipe
 from hfcompress.report import Report, measure
 from hfcompress.task import Task
@@ -31,7 +30,7 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
     A run that was killed goes on after its last finished step when it is started again; the artifact is that of a run that
     was not. Under several processes all of them train, and the first one measures and writes.
     """
-    out, state = Path(output_dir), PartialState()
+    out, state = Path(output_dir), processes()
     if _is_done(out, recipe) and not overwrite:
         tell(f"{out} holds the finished result of this very recipe; --overwrite runs it again")
         return Report.load(out / "report.json")
@@ -64,38 +63,43 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
 
 def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) -> tuple[Any, Report, int]:
     """The model as it came and its row; or, after a crash, the model and the rows as they stood; and the steps done."""
-    state = PartialState()
-    unfinished = work / "recipe.yaml"
-    if unfinished.is_file() and unfinished.read_text(encoding="utf-8") != recipe.to_yaml() and not overwrite:
+    state = processes()
+    unfinished, report = work / "recipe.yaml", Report(reference=recipe.reference)
+    if unfinished.is_file() and (work / "report.json").is_file() and not overwrite:
+        report = Report.load(work / "report.json")
+    done = max(0, len(report.rows) - 1)
+    if done and not _same_start(Recipe.load(str(unfinished)), recipe, done):
         raise CompressionError(
-            f"{work}: an unfinished run of another recipe lies there; finish it, choose another output_dir, "
-            f"or pass --overwrite."
+            f"{work}: an unfinished run of another recipe lies there, {done} steps done; "
+            f"finish it, choose another output_dir, or pass --overwrite."
         )
-    resumes = unfinished.is_file() and (work / "report.json").is_file() and not overwrite
     state.wait_for_everyone()
     transformers_set_seed(recipe.seed)
-    if resumes:
-        report = Report.load(work / "report.json")
-        done = len(report.rows) - 1
+    if done:
         tell(f"going on after step {done}, where an earlier run stopped")
-        model = artifact.load(task, work / f"step-{done}") if done else task.load_model(recipe.model)
-        if done > recipe.reference:
-            first = (
-                artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else task.load_model(recipe.model)
-            )
-            _keep_teacher(recipe, task, first.to(state.device))
+        model = artifact.load(task, work / f"step-{done}")
+        if done >= recipe.reference:
+            first = model if done == recipe.reference else _reference(recipe, task, work)
+            first.to(state.device)
             if state.is_main_process:
                 task.remember(first)
+            _keep_teacher(recipe, task, first)
         return model.to(state.device), report, done
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         unfinished.write_text(recipe.to_yaml(), encoding="utf-8")
+    report = Report(reference=recipe.reference)
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
-    model, report = task.load_model(recipe.model).to(state.device), Report(reference=recipe.reference)
+    model = task.load_model(recipe.model).to(state.device)
     _record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
+
+
+def _reference(recipe: Recipe, task: Task, work: Path) -> Any:
+    """The model before its first compressing step, from an earlier run's snapshot."""
+    return artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else task.load_model(recipe.model)
 
 
 def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
@@ -107,7 +111,7 @@ def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
 
 def _record(recipe: Recipe, task: Task, model: Any, report: Report, step: str, number: int, work: Path, seconds: float) -> None:
     """Measure a row and leave a snapshot to go on from."""
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         score = task.remember if number == recipe.reference else task.score
         report.add(measure(model, task, step, seconds=seconds, score=score))
@@ -139,6 +143,17 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, 
         shutil.rmtree(out)
     whole.rename(out)
     shutil.rmtree(work)
+
+
+def _same_start(one: Recipe, other: Recipe, steps: int) -> bool:
+    """Whether both recipes do the same up to there: what comes after, and where the result goes, may have been changed."""
+    return all(getattr(one, part) == getattr(other, part) for part in ("model", "task", "seed", "reference")) and _plain_steps(
+        one, steps
+    ) == _plain_steps(other, steps)
+
+
+def _plain_steps(recipe: Recipe, steps: int) -> Any:
+    return recipe.to_dict()["steps"][:steps]
 
 
 def _is_done(out: Path, recipe: Recipe) -> bool:
