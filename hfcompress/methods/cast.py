@@ -16,7 +16,7 @@ class Cast(Method):
 
     Needs: a processor with that dtype for speed; without one it is slower.
     Buys: half of the memory of everything that is not quantised.
-    Costs: nothing to speak of in bfloat16; float16 may overflow in models trained in bfloat16.
+    Costs: bfloat16 keeps 8 bits of precision; float16 keeps 11, and may overflow in models trained in bfloat16.
     Paper: Micikevicius et al. 2017, Mixed Precision Training (arXiv 1710.03740)
     """
 

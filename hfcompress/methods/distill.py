@@ -19,7 +19,7 @@ class Distill(Method):
     """Learn from a teacher's soft targets beside the labels: alpha * T^2 KL + (1 - alpha) * task loss.
 
     Needs: training around it, and a teacher with the same labels or vocabulary.
-    Buys: most of what pruning, factoring or fewer layers cost.
+    Buys: what pruning, factoring or fewer layers cost, in part or whole (docs/quickstart.md has it measured).
     Costs: the teacher's forward pass at every step.
     Paper: Hinton et al. 2015 (arXiv 1503.02531); Sanh et al. 2019, DistilBERT (arXiv 1910.01108)
     """

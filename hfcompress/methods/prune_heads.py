@@ -10,7 +10,7 @@ class PruneHeads(UnitPruning):
 
     Needs: a family in the anatomy; training data for gradient scores.
     Buys: parameters and time of the attention projections in proportion.
-    Costs: little up to about a third without training, half with distillation.
+    Costs: more with every head; training with a teacher heals (docs/quickstart.md has it measured).
     Paper: Michel, Levy, Neubig 2019, Are Sixteen Heads Really Better than One? (arXiv 1905.10650)
     """
 

@@ -12,7 +12,7 @@ class PruneNeurons(UnitPruning):
 
     Needs: a family in the anatomy; training data for gradient scores.
     Buys: parameters and time of the feed-forward layers in proportion: two thirds of an encoder's layer.
-    Costs: little up to about a third without training, half with distillation.
+    Costs: more with every neuron; training with a teacher heals (docs/quickstart.md has it measured).
     Paper: Molchanov et al. 2019, Importance Estimation for Neural Network Pruning (arXiv 1906.10771)
     """
 

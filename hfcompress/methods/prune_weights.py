@@ -19,7 +19,7 @@ class PruneWeights(Method):
 
     Needs: nothing.
     Buys: zeros, for runtimes that use them; in PyTorch neither speed nor a smaller file.
-    Costs: little up to half of the weights; more with training.
+    Costs: more with every zero; rising gradually under `train` gives the others time to take over.
     Paper: Zhu, Gupta 2017, To prune, or not to prune (arXiv 1710.01878): the cubic schedule
     """
 

@@ -23,7 +23,7 @@ class Quantize(Method):
 
     Needs: bitsandbytes; nothing after it but adapters may train.
     Buys: a quarter (8 bits) or an eighth (4 bits) of the float32 size of the layers.
-    Costs: 8 bits next to nothing; 4 bits about a fifth in perplexity on small language models before healing.
+    Costs: half a step of rounding a weight, at most; time, where unpacking outweighs the smaller reads (see the report).
     Paper: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314)
     """
 

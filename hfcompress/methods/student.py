@@ -18,7 +18,7 @@ class Student(Method):
 
     Needs: a family in the anatomy; distillation after it.
     Buys: parameters and time of the layers left out; the result is a plain transformers model.
-    Costs: much without training, little with a teacher.
+    Costs: what the layers left out did; a teacher helps the others learn it.
     Paper: Sanh et al. 2019, DistilBERT (arXiv 1910.01108): every second layer
     """
 
