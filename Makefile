@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart test check fix bench clean
 
 quickstart: $(STAMP)  ## a real encoder, several times smaller and faster, in minutes
-	$(BIN)/hfcompress run quickstart --overwrite
+	$(BIN)/hfcompress run quickstart
 
 test: check  ## every law, every promise of the README
 	$(BIN)/python -m pytest
