@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hfcompress.errors import CompressionError
-from hfcompress.layers import features
+from hfcompress.layers import features, kind_of
 
 
 @dataclass(frozen=True)
@@ -202,5 +202,5 @@ def body_linears(model: Any) -> list[str]:
     return [
         f"{prefix}{name}"
         for name, module in base.named_modules()
-        if module is not skip and type(module).__name__ in ("Linear", "Conv1D")
+        if module is not skip and kind_of(module) in ("linear", "conv1d")
     ]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfcompress.errors import CompressionError
+from hfcompress.layers import is_low_bit, low_bit
 from hfcompress.loading import forget_reading
 from hfcompress.structure import describe
 
@@ -61,6 +62,9 @@ def load(task: Any, folder: str | Path) -> Any:
     import hfcompress.loading  # noqa: F401  registers the loader
 
     model = task.load_model(str(folder))
+    for module in model.modules():
+        if is_low_bit(module):
+            low_bit(module)
     if (Path(folder) / ADAPTER).is_dir():
         model.load_adapter(str(Path(folder) / ADAPTER))
     return model

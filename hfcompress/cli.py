@@ -41,7 +41,7 @@ def main() -> None:
     """The entry point: a CompressionError is a sentence, not a traceback."""
     try:
         app()
-    except CompressionError as error:
+    except (CompressionError, OSError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error[/red] {escape(str(error))}")
         sys.exit(1)
 
@@ -210,13 +210,11 @@ def _folder(folder: str) -> Path:
 
 def _task_of(*folders_and_task: str | None) -> Any:
     """The task that was given, else the one in the recipe of the first folder that has one."""
-    import yaml
-
-    from hfcompress.recipe import Recipe, task_from
+    from hfcompress.recipe import Recipe, read_yaml, task_from
 
     first, given, *others = folders_and_task
     if given is not None:
-        return task_from(yaml.safe_load(given))
+        return task_from(read_yaml(given, "--task"))
     for folder in (first, *others):
         told = Path(str(folder)) / "recipe.yaml"
         if told.is_file():

@@ -70,7 +70,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def is_low_bit(module: nn.Module) -> bool:
     """Whether a bitsandbytes layer holds its weight as codes (told without importing bitsandbytes)."""
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    return kind_of(module) in ("linear_4bit", "linear_8bit")
 
 
 def _dense_sizes(module: Any) -> dict[str, Any]:
@@ -124,11 +124,15 @@ class Kind:
     type_name: str
     fields: Callable[[Any], dict[str, Any]]
     build: Callable[..., nn.Module]
+    names: tuple[str, ...]
+    """The keys of `fields`, all of them required."""
 
 
+_SIZES = ("in_features", "out_features", "bias")
+_TABLE = ("num_embeddings", "embedding_dim", "padding_idx")
 KINDS: dict[str, Kind] = {
-    "linear": Kind("Linear", _dense_sizes, _build_linear),
-    "conv1d": Kind("Conv1D", _dense_sizes, _build_conv1d),
+    "linear": Kind("Linear", _dense_sizes, _build_linear, _SIZES),
+    "conv1d": Kind("Conv1D", _dense_sizes, _build_conv1d, _SIZES),
     "embedding": Kind(
         "Embedding",
         lambda m: {
@@ -137,11 +141,13 @@ KINDS: dict[str, Kind] = {
             "padding_idx": m.padding_idx,
         },
         nn.Embedding,
+        _TABLE,
     ),
     "low_rank_linear": Kind(
         "LowRankLinear",
         lambda m: {**_dense_sizes(m), "bias": m.second.bias is not None, "rank": m.rank},
         LowRankLinear,
+        (*_SIZES, "rank"),
     ),
     "low_rank_embedding": Kind(
         "LowRankEmbedding",
@@ -152,6 +158,7 @@ KINDS: dict[str, Kind] = {
             "padding_idx": m.padding_idx,
         },
         LowRankEmbedding,
+        (*_TABLE, "rank"),
     ),
     "linear_4bit": Kind(
         "Linear4bit",
@@ -162,9 +169,13 @@ KINDS: dict[str, Kind] = {
             "compute_dtype": str(m.compute_dtype).removeprefix("torch.") if m.compute_dtype else None,
         },
         _build_linear_4bit,
+        (*_SIZES, "quant_type", "compress_statistics", "compute_dtype"),
     ),
     "linear_8bit": Kind(
-        "Linear8bitLt", lambda m: {**_dense_sizes(m), "threshold": float(m.state.threshold)}, _build_linear_8bit
+        "Linear8bitLt",
+        lambda m: {**_dense_sizes(m), "threshold": float(m.state.threshold)},
+        _build_linear_8bit,
+        (*_SIZES, "threshold"),
     ),
 }
 _KIND_BY_TYPE = {kind.type_name: name for name, kind in KINDS.items()}
@@ -172,4 +183,5 @@ _KIND_BY_TYPE = {kind.type_name: name for name, kind in KINDS.items()}
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind's name, or None: subclasses of Linear that other libraries made are not ours to describe."""
-    return _KIND_BY_TYPE.get(type(module).__name__)
+    ours = type(module).__module__.partition(".")[0] in ("torch", "transformers", "bitsandbytes", "hfcompress")
+    return _KIND_BY_TYPE.get(type(module).__name__) if ours else None  # PEFT has a Linear and a Linear4bit of its own

@@ -30,6 +30,10 @@ class HfcompressConfig(QuantizationConfigMixin):
                 f"config.json: hfcompress format {format!r}; this version reads format {FORMAT}; "
                 f"upgrade with pip install -U hfcompress."
             )
+        if not isinstance(self.modules, dict) or not all(isinstance(edit, dict) for edit in self.modules.values()):
+            raise CompressionError(
+                "config.json: modules must map module names to edits; the file is damaged; save the model again."
+            )
         if unknown:
             raise CompressionError(
                 f"config.json: unknown keys {', '.join(sorted(unknown))} in quantization_config; possible are format and "

@@ -92,14 +92,14 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) 
     report = Report(reference=recipe.reference)
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
-    model = task.load_model(recipe.model).to(state.device)
+    model = artifact.load(task, recipe.model).to(state.device)
     _record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
 
 
 def _reference(recipe: Recipe, task: Task, work: Path) -> Any:
     """The model before its first compressing step, from an earlier run's snapshot."""
-    return artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else task.load_model(recipe.model)
+    return artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else artifact.load(task, recipe.model)
 
 
 def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:

@@ -86,13 +86,18 @@ class Recipe(Fields):
     def load(cls, name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         """A YAML file, or a recipe that ships with hfcompress by its name; `overrides` as `steps.1.train.epochs=2`."""
         path = find_recipe(name_or_path)
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise CompressionError(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend that line.") from error
+        raw = read_yaml(path.read_bytes(), str(path))
         for override in overrides:
             apply_override(raw, override)
         return cls.from_dict(raw, path.name)
+
+
+def read_yaml(text: str | bytes, where: str) -> Any:
+    """Plain data; CompressionError for what is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CompressionError(f"{where}: not valid YAML: {' '.join(str(error).split())}; mend that line.") from error
 
 
 def task_from(raw: Any) -> Task:
@@ -136,9 +141,9 @@ def apply_override(raw: Any, override: str) -> None:
         following = parents[done + 1] if done + 1 < len(parents) else last
         node = _child(node, part, override, create=not following.isdigit())
     if isinstance(node, list):
-        node[_index(node, last, override)] = yaml.safe_load(value)
+        node[_index(node, last, override)] = read_yaml(value, f"override {override!r}")
     elif isinstance(node, dict):
-        node[last] = yaml.safe_load(value)
+        node[last] = read_yaml(value, f"override {override!r}")
     else:
         raise CompressionError(f"override {override!r}: {last!r} is inside a value, not a mapping; shorten the path.")
 
@@ -242,13 +247,25 @@ def _help(cls: Any, loc: tuple[Any, ...]) -> str:
 
 def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
     """What no order of data can mend: training or cutting codes, riders without a train."""
-    mistakes, quantised = [], None
+    mistakes, quantised, adapted = [], None, None
     for number, step in enumerate(steps):
         riders = step.riders if isinstance(step, Train) else ()
         if isinstance(step, Method) and step.needs_training:
             mistakes.append(
                 f"steps.{number}: {step.key()} does nothing without training; list it under `with:` of a train step."
             )
+        keys = [rider.key() for rider in riders if rider is not None]
+        touching = ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize", "adapters", "student")
+        if "adapters" in keys and (clash := [key for key in keys if key in touching[:5]]):
+            mistakes.append(f"steps.{number}: adapters can't ride along with {clash[0]}; do {clash[0]} in a step before.")
+        if adapted is not None and step is not None and any(key in touching for key in (step.key(), *keys)):
+            mistakes.append(
+                f"steps.{number}: the adapter of steps.{adapted} is kept, and only cast may follow it; set merge: true there."
+            )
+        if isinstance(step, Train) and (step.model_extra or {}).get("load_best_model_at_end") and any(r.fades for r in riders):
+            mistakes.append(f"steps.{number}: load_best_model_at_end would bring back units that have faded out; take it out.")
+        if any(rider.key() == "adapters" and not rider.merge for rider in riders if rider is not None):  # type: ignore[attr-defined]
+            adapted = number
         if quantised is not None and step is not None:
             if isinstance(step, Train) and not any(rider.key() == "adapters" for rider in riders):
                 mistakes.append(

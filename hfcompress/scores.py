@@ -37,10 +37,7 @@ def gradient(model: nn.Module, all_units: list[Units], batches: Batches | None =
 
     Michel, Levy, Neubig 2019 (arXiv 1905.10650), equation 2; one gate an example, as a sum over a batch would cancel.
     """
-    if batches is None:
-        raise CompressionError(
-            "scores: gradient needs calibration data; give a task or batches with labels, or choose scores: magnitude."
-        )
+    assert batches is not None, "the method that asks has checked it"
     totals = [torch.zeros(units.count) for units in all_units]
     gates: list[Tensor] = []
 

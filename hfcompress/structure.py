@@ -45,6 +45,7 @@ def diff(model: nn.Module) -> Structure:
             edits[name] = edit
             _apply(blank, name, edit)
     _check_shapes(model, blank)
+    _check_whole(model, blank)
     return edits
 
 
@@ -77,6 +78,7 @@ def describe(model: nn.Module) -> Structure:
     elif left:
         # The plug-in is needed anyway: then config.json stays that of the architecture as it came, and bounds every edit.
         config.__dict__.update(fields)
+        rebuild(twin(model), edits)  # what could not be loaded again is refused here, not there
         _check_loud(model, edits)
         config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits}
         return edits
@@ -168,8 +170,7 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
                 refuse(f"{key} = {value!r} is not an integer from 1 to {limits[key]}")
         elif not _harmless(key, value, limits):
             refuse(f"{key} = {value!r} is not allowed")
-    wanted = set(_size_names(edit["kind"])) | ({"rank"} if edit["kind"].startswith("low_rank") else set())
-    if missing := wanted - set(fields):
+    if missing := set(KINDS[edit["kind"]].names) - set(fields):
         refuse(f"{', '.join(sorted(missing))} missing")
 
 
@@ -181,8 +182,8 @@ def _harmless(key: str, value: Any, limits: dict[str, int]) -> bool:
     return {
         "bias": type(value) is bool,
         "compress_statistics": type(value) is bool,
-        "quant_type": value in ("nf4", "fp4"),
-        "compute_dtype": value is None or value in DTYPES,
+        "quant_type": isinstance(value, str) and value in ("nf4", "fp4"),
+        "compute_dtype": value is None or (isinstance(value, str) and value in DTYPES),
         "threshold": isinstance(value, int | float) and 0 <= value <= THRESHOLD_LIMIT,
         "padding_idx": value is None or (type(value) is int and 0 <= value < limits.get("num_embeddings", 0)),
     }.get(key, False)
@@ -198,6 +199,17 @@ def _check_shapes(model: nn.Module, blank: nn.Module) -> None:
             raise CompressionError(
                 f"{name}: shape {tuple(parameter.shape)} can't be told by an edit (the config describes "
                 f"{None if other is None else tuple(other.shape)}); possible are the layers {', '.join(KINDS)}."
+            )
+
+
+def _check_whole(model: nn.Module, blank: nn.Module) -> None:
+    """Nothing that the config describes is missing: a load would fill it with random weights."""
+    mine = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, _ in blank.named_parameters(remove_duplicate=False):
+        if name not in mine:
+            raise CompressionError(
+                f"{name}: the config describes this parameter and the model has none, so a load would make it random; "
+                f"put it back, or tell the config (num_hidden_layers, for fewer layers)."
             )
 
 

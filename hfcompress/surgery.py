@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import Anatomy, Units
 from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.layers import kind_of
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -43,15 +44,22 @@ def _kept(parameter: Any, index: Tensor, dim: int) -> nn.Parameter:
 
 
 def _dense(layer: nn.Module, name: str) -> None:
-    if type(layer).__name__ not in ("Linear", "Conv1D"):
+    if kind_of(layer) not in ("linear", "conv1d"):
         raise CompressionError(
             f"{name}: can't cut a {type(layer).__name__}; only dense layers can be cut; list prune_heads and prune_neurons "
             f"before low_rank, adapters and quantize."
         )
 
 
+def check_cuttable(model: nn.Module, units: Units) -> None:
+    """Raise before the first cut, so that none is left half done."""
+    for name in (*units.inputs, units.output):
+        _dense(model.get_submodule(name), name)
+
+
 def cut(model: nn.Module, units: Units, keep: Tensor) -> None:
     """Cut every unit out whose index is not in `keep` (sorted, shape (kept,)). Equal to silencing them."""
+    check_cuttable(model, units)
     for name, rows in zip(units.inputs, units.rows, strict=True):
         blocks = [_columns(keep, rows) + block * units.count * rows for block in range(units.fused)]
         keep_rows(model.get_submodule(name), torch.cat(blocks), name)
@@ -95,6 +103,12 @@ def keep_layers(model: nn.Module, anatomy: Anatomy, keep: list[int]) -> None:
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(keep))
     config.num_hidden_layers = len(keep)
+
+
+def check_no_adapter(model: Any, where: str) -> None:
+    """PEFT's layers stand where a dense one was: nothing may be cut, factored or coded below an adapter."""
+    if getattr(model, "peft_config", None):
+        raise CompressionError(f"{where}: the model carries an adapter; merge it first, or list {where} before adapters.")
 
 
 def matching(model: nn.Module, targets: list[str], possible: list[str], where: str) -> list[str]:

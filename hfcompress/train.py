@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.methods.base import Batches, Method, Step, riding
+from hfcompress.loading import forget_reading
+from hfcompress.methods.base import Batches, Method, Step, check_together, riding, with_original
 from hfcompress.structure import describe
 
 # What the recipe decides itself: where things lie, and which process does what.
@@ -171,6 +172,10 @@ def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> Non
                 f"{method.key()}: load_best_model_at_end would bring back a checkpoint from before its units had faded out; "
                 f"set load_best_model_at_end=False, or prune before training."
             )
+        if method.key() == "adapters" and arguments.load_best_model_at_end:
+            raise CompressionError(
+                "adapters: checkpoints hold the adapter alone, and load_best_model_at_end looks for models; set it to False."
+            )
         if method.replaces_loss and arguments.label_smoothing_factor:
             raise CompressionError(
                 f"{method.key()}: label_smoothing_factor takes the labels away and would ignore this loss; set it to 0."
@@ -195,13 +200,16 @@ class CompressionCallback(TrainerCallback):
         self._stack = ExitStack()
         self._ticks: list[Any] = []
         self._phase = "new"
+        self._batches = Batches()
+        check_together(methods)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._phase != "new":
             raise CompressionError("CompressionCallback: it belongs to one Trainer already; make a new one for this Trainer.")
         self._phase = "built"
         check_riders(self._methods, args)
-        self._enter(model, None, adding=True)
+        with_original(model, self._methods, self._batches)
+        self._enter(model, self._batches, adding=True)
         if any(method.adds_parameters for method in self._methods) and not getattr(model, "_hf_peft_config_loaded", False):
             describe(model)
 
@@ -211,7 +219,13 @@ class CompressionCallback(TrainerCallback):
                 "CompressionCallback: its methods are done after one train(); make a new Trainer and callback to go on."
             )
         self._phase = "training"
-        self._enter(_unwrapped(model), Batches(given.get("train_dataloader")), adding=False)
+        if state.global_step and any(method.fades for method in self._methods):
+            raise CompressionError(
+                "resume_from_checkpoint: which units fade was chosen when training began, and a checkpoint does not hold it; "
+                "train from the start, or prune before training."
+            )
+        batches = Batches(given.get("train_dataloader"), self._batches.original)
+        self._enter(_unwrapped(model), batches, adding=False)
 
     def _enter(self, model: Any, task: Any, adding: bool) -> None:
         for method in self._methods:
@@ -229,8 +243,9 @@ class CompressionCallback(TrainerCallback):
         self._ticks = []
         self._stack.close()
         model = _unwrapped(model)
-        if not getattr(model, "_hf_peft_config_loaded", False):
+        if not getattr(model, "_hf_peft_config_loaded", False) and not all(m.replaces_loss for m in self._methods):
             describe(model)
+            forget_reading(model)
 
 
 def attach(trainer: Trainer, *methods: Method) -> Trainer:
@@ -238,6 +253,10 @@ def attach(trainer: Trainer, *methods: Method) -> Trainer:
     if trainer.optimizer is not None and any(method.adds_parameters for method in methods):
         raise CompressionError(
             "attach: the optimizer exists already and would not train new parameters; attach before train()."
+        )
+    if trainer.compute_loss_func is not None and any(method.replaces_loss for method in methods):
+        raise CompressionError(
+            "attach: the Trainer's compute_loss_func would ignore the distillation loss; build it without one."
         )
     callback = CompressionCallback(*methods)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)

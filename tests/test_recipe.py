@@ -52,7 +52,7 @@ def test_every_method_and_field_survives_the_round_trip() -> None:
         "prune_neurons": {"ratio": 0.3, "scores": "magnitude", "round_to": 4, "fade": 0.5},
         "prune_weights": {"sparsity": 0.5, "target_modules": ["query"]},
         "low_rank": {"energy": 0.9},
-        "adapters": {"r": 4, "merge": False},
+        "adapters": {"r": 4, "lora_alpha": 8},
         "cast": {"dtype": "float16"},
         "student": {"layers": [0, 2]},
         "quantize": {"bits": 4, "quant_type": "fp4", "skip_modules": ["pooler.dense"]},

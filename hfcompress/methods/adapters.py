@@ -59,8 +59,8 @@ class Adapters(Method):
             raise
         if self.merge:
             take_out(model, merge=True)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,8 +11,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from hfcompress.errors import CompressionError
+
+NO_DATA = "scores: gradient needs calibration data; give a task or batches with labels, or choose scores: magnitude."
 Tick = Callable[[float], None]
 """Called after every optimizer step with the progress of training, 0..1."""
 
@@ -63,6 +67,11 @@ class Method(Step):
     replaces_loss: ClassVar[bool] = False
     needs_training: ClassVar[bool] = False
 
+    @property
+    def wants_original(self) -> bool:
+        """Whether it asks for `task.original`, a copy of the model as no method has touched it."""
+        return False
+
     def applied(self, model: nn.Module, task: Any) -> AbstractContextManager[Tick | None]:
         """Before the yield: choose, insert, freeze. The pause: training, calling the yielded tick. After: cut, merge, pack."""
         raise NotImplementedError
@@ -76,13 +85,13 @@ class Method(Step):
 class Batches:
     """What methods need of a Task, from a data loader: a few labelled batches."""
 
-    original = None
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+    def __init__(self, loader: Any = None, original: nn.Module | None = None) -> None:
+        self._loader, self.original = loader, original
 
     def batches(self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
         """About `samples` examples, on the model's device."""
+        if self._loader is None:
+            raise CompressionError(NO_DATA)
         device, seen = next(model.parameters()).device, 0
         for batch in self._plain(batch_size, seed):
             yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
@@ -92,7 +101,7 @@ class Batches:
 
     def _plain(self, batch_size: int, seed: int) -> Iterable[Any]:
         # A fresh loader over the same data: leaving the Trainer's own in the middle would upset accelerate's bookkeeping.
-        if not isinstance(getattr(self._loader, "dataset", None), Dataset):
+        if not hasattr(getattr(self._loader, "dataset", None), "__getitem__"):  # streamed data
             return self._loader
         return DataLoader(
             self._loader.dataset,
@@ -100,6 +109,26 @@ class Batches:
             shuffle=True,
             collate_fn=self._loader.collate_fn,
             generator=torch.Generator().manual_seed(seed),
+        )
+
+
+def with_original(model: nn.Module, methods: Iterable[Method], task: Any) -> Any:
+    """The task, with a copy of the model as it stands if a method asks for the original and the task has none."""
+    if task.original is None and any(method.wants_original for method in methods):
+        if hasattr(task, "keep_original"):
+            task.keep_original(model)
+        else:
+            task.original = copy.deepcopy(model)
+    return task
+
+
+def check_together(methods: Iterable[Method]) -> None:
+    """Adapters stand where the layers were that others would cut, factor or code."""
+    keys = [method.key() for method in methods]
+    others = [key for key in keys if key in ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize")]
+    if "adapters" in keys and others:
+        raise CompressionError(
+            f"adapters: can't ride along with {others[0]}; do {others[0]} in a step before, and adapters then."
         )
 
 
@@ -117,8 +146,8 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
     `task`: a Task, or any iterable of batches (dicts of tensors) for methods that score on data.
     What was entered first is finished last. On an error inside, nothing is cut or merged: hooks come off, the error goes on.
     """
-    if task is not None and not hasattr(task, "batches"):
-        task = Batches(task)
+    check_together(methods)
+    task = with_original(model, methods, task if hasattr(task, "batches") else Batches(task))
     with ExitStack() as stack:
         ticks = [tick for method in methods if (tick := stack.enter_context(method.applied(model, task))) is not None]
 

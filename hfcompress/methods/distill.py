@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -38,22 +38,29 @@ class Distill(Method):
     def _name_of_teacher(self, teacher: Any) -> str:
         return teacher if isinstance(teacher, str) else type(teacher).__name__
 
+    @property
+    def wants_original(self) -> bool:
+        return isinstance(self.teacher, str) and self.teacher == "original"
+
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         # The teacher lives in this frame, not in the model: no checkpoint, optimizer or train() can reach it.
         teacher = self._teacher(model, task)
+        _check_kind(model)
         columns = _fitting(model, teacher)
         for parameter in teacher.parameters():
             parameter.requires_grad_(False)
         teacher.eval()
 
-        def distilled(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def distilled(student: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if student.training and torch.is_grad_enabled():
-                inputs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
+                given = _by_name(student, args, kwargs)
+                # An encoder-decoder makes its decoder's inputs of the labels.
+                left_out = {"num_items_in_batch"} | (set() if student.config.is_encoder_decoder else {"labels"})
                 teacher.to(output.logits.device)
                 with torch.no_grad():
-                    soft = teacher(*args, **inputs).logits
-                output.loss = self._loss(student, kwargs, output, soft if columns is None else soft[..., columns])
+                    soft = teacher(**{key: value for key, value in given.items() if key not in left_out}).logits
+                output.loss = self._loss(student, given, output, soft if columns is None else soft[..., columns])
             return output
 
         handle = model.register_forward_hook(distilled, with_kwargs=True)
@@ -66,8 +73,7 @@ class Distill(Method):
         if isinstance(self.teacher, nn.Module):
             return self.teacher
         if self.teacher == "original":
-            original = getattr(task, "original", None)
-            return original if original is not None else copy.deepcopy(model)
+            return task.original  # the drivers keep it, before any method has touched the model
         if hasattr(task, "load_model"):
             return task.load_model(self.teacher)
         head = type(model).__name__.rpartition("For")[2] if "For" in type(model).__name__ else "CausalLM"
@@ -91,13 +97,40 @@ class Distill(Method):
         total = kwargs.get("num_items_in_batch")
         share = mean if total is None else 1 / total
         loss = kl(logits, teacher_logits, self.temperature).sum() * share
-        if labels is None or self.alpha == 1:
+        if self.alpha == 1:
             return loss
-        own = output.loss / mean  # of regression and several labels: the model's own mean, as a sum
-        if output.logits.dim() == 3 or getattr(student.config, "problem_type", None) in (None, "single_label_classification"):
-            ahead = torch.cat([labels[:, 1:], labels[:, :1]], dim=1) if shift else labels
-            own = cross_entropy(logits, ahead[chosen].long()).sum()
+        if labels is None:
+            raise CompressionError(
+                f"distill: the model was given no labels (a loss function of the Trainer's own takes them away), so alpha "
+                f"{self.alpha} can't mix in their loss; pass labels, or set alpha to 1 to learn from the teacher alone."
+            )
+        ahead = torch.cat([labels[:, 1:], labels[:, :1]], dim=1) if shift else labels
+        own = cross_entropy(logits, ahead[chosen].long()).sum()
         return self.alpha * loss + (1 - self.alpha) * own * share
+
+
+def _by_name(student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the student was called with, positional arguments by their names."""
+    if not args:
+        return kwargs
+    names = [name for name in inspect.signature(student.forward).parameters if name != "self"]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _check_kind(model: Any) -> None:
+    """Soft targets are classes: one of several, for an example or a token."""
+    name, problem = type(model).__name__, getattr(model.config, "problem_type", None)
+    if "QuestionAnswering" in name:
+        raise CompressionError(
+            f"distill: {name} points at a start and an end and has no classes; possible are classifiers and language models."
+        )
+    if "ForSequenceClassification" in name and (
+        model.config.num_labels == 1 or problem in ("regression", "multi_label_classification")
+    ):
+        raise CompressionError(
+            f"distill: soft targets need one label of several, and this {name} has {problem or 'regression'}; "
+            f"train it without distill, or on labels of which one is right."
+        )
 
 
 def _predicts_next(model: Any) -> bool:

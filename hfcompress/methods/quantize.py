@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import base_of
+from hfcompress.anatomy import body_linears
 from hfcompress.errors import CompressionError
 from hfcompress.layers import DTYPES, features, low_bit
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import matching, swap
+from hfcompress.surgery import check_no_adapter, matching, swap
 
 log = logging.getLogger("hfcompress")
 
@@ -53,13 +53,15 @@ class Quantize(Method):
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
+        check_no_adapter(model, "quantize")
         names = self._targets(model)
         for name in names:
             swap(model, name, self.quantized(model.get_submodule(name)))
 
-    def _targets(self, model: nn.Module) -> list[str]:
-        prefix, base = base_of(model)
-        possible = [f"{prefix}{name}" for name, module in base.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    def _targets(self, model: Any) -> list[str]:
+        # T5 casts its input to the dtype of `wo`, so what transformers keeps in float32 must not become codes.
+        dense = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        possible = [name for name in body_linears(model) if not dense.intersection(name.split("."))]
         if not possible:
             raise CompressionError("quantize: no dense linear layer is left in the model; it is quantised already.")
         chosen = possible if self.target_modules is None else matching(model, self.target_modules, possible, "quantize")

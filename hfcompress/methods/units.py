@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hfcompress import scores
 from hfcompress.anatomy import Units, anatomy
 from hfcompress.errors import CompressionError
-from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import cut, gate
+from hfcompress.methods.base import NO_DATA, Method, Tick
+from hfcompress.surgery import check_cuttable, check_no_adapter, cut, gate
 
 
 class UnitPruning(Method):
@@ -39,7 +39,10 @@ class UnitPruning(Method):
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
+        check_no_adapter(model, self.key())
         all_units = anatomy(model).units(self.kind)
+        for units in all_units:
+            check_cuttable(model, units)
         kept = self._choose(model, all_units, task)
         gates = [torch.ones(units.count) for units in all_units]
         handles = [gate(model, units, partial(_on, values)) for units, values in zip(all_units, gates, strict=True)]
@@ -60,6 +63,8 @@ class UnitPruning(Method):
                 cut(model, units, keep)
 
     def _choose(self, model: nn.Module, all_units: list[Units], task: Any) -> list[Tensor]:
+        if task is None and self.scores == "gradient":
+            raise CompressionError(NO_DATA)
         batches = (lambda: task.batches(model, self.samples)) if task is not None else None
         kept = scores.RANKINGS[self.ranking](scores.SCORES[self.scores](model, all_units, batches), self.ratio, self.round_to)
         if all(len(keep) == units.count for keep, units in zip(kept, all_units, strict=True)):
