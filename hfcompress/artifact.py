@@ -66,7 +66,9 @@ def load(task: Any, folder: str | Path) -> Any:
         if is_low_bit(module):
             low_bit(module)
     if (Path(folder) / ADAPTER).is_dir():
+        conversions = getattr(model, "_weight_conversions", None)
         model.load_adapter(str(Path(folder) / ADAPTER))
+        model._weight_conversions = conversions  # loading puts the adapter's there, and a save would rename the base by them
     return model
 
 

@@ -398,3 +398,37 @@ def test_a_structure_from_the_internet_is_checked() -> None:
         with pytest.raises(CompressionError, match=message):
             rebuild(twin(tiny_model("bert")), structure)
     assert rebuild(twin(tiny_model("bert")), {name: fine}).get_submodule(name).out_features == 8
+
+
+def test_what_a_load_would_make_random_is_not_saved(tmp_path: Any) -> None:
+    model = tiny_model("bert", layers=3)
+    model.bert.encoder.layer = model.bert.encoder.layer[:2]
+    with pytest.raises(CompressionError, match=r"bert.encoder.layer.2.* the model has none, so a load would make it random"):
+        save(model, None, tmp_path)
+    wide = tiny_model("bert")
+    wide.classifier = nn.Linear(64, 7)
+    with pytest.raises(CompressionError, match="classifier: out_features = 7 is not an integer from 1 to 3"):
+        save(wide, None, tmp_path)
+
+
+def test_t5_keeps_dense_what_its_forward_reads_the_dtype_of(tmp_path: Any) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    Quantize(8).run(model, None)
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith((".wo", "lm_head"))}
+    assert kinds == {"Linear"}
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(input_ids=ids, labels=ids).logits
+    save(model, None, tmp_path)
+    assert torch.equal(T5ForConditionalGeneration.from_pretrained(tmp_path).eval()(input_ids=ids, labels=ids).logits, expected)
+
+
+def test_a_failed_cut_leaves_nothing_half_done() -> None:
+    model = tiny_model("bert")
+    LowRank(rank=4, target_modules=["output.dense"]).run(model, None)
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with pytest.raises(CompressionError, match="can't cut a LowRankLinear; only dense layers can be cut"):
+        PruneNeurons(0.5, scores="magnitude").run(model, None)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == before

@@ -157,6 +157,31 @@ def test_a_killed_run_goes_on_to_the_same_artifact(
     ]
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_killed_run_with_adapters_on_codes_goes_on_too(merge: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = {"adapters": {"r": 2, "merge": merge}}
+    steps = [{"quantize": {"bits": 4}}, {"train": {**TRAIN, "epochs": 1, "with": [adapters]}}, "cast"]
+    chosen = recipe(place, "llama", steps=steps)
+    compress(chosen, place / f"whole-{merge}")
+    for killed_after in (1, 2):
+        saved, calls, out = loop.artifact.save, [], place / f"codes-{merge}-{killed_after}"
+
+        def dies(
+            model: Any, processor: Any, folder: Path, calls: list = calls, saved: Any = saved, most: int = killed_after
+        ) -> None:
+            calls.append(folder)
+            if len(calls) > most:
+                raise KeyboardInterrupt
+            saved(model, processor, folder)
+
+        monkeypatch.setattr(loop.artifact, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            compress(chosen, out)
+        monkeypatch.undo()
+        compress(chosen, out)
+        assert digest(out) == digest(place / f"whole-{merge}")
+
+
 def test_two_processes_train_write_once_and_report_once(place: Path) -> None:
     file = place / "two.yaml"
     file.write_text(recipe(place).to_yaml())

@@ -358,3 +358,70 @@ def test_the_saved_folder_is_what_auto_model_reads(tmp_path: Path) -> None:
     assert diff(again) == diff(model) != {}
     # a model that was loaded can be trained on: none of its layers is low-bit
     Trainer(model=again, args=arguments(tmp_path), train_dataset=Rows("bert")).train()
+
+
+def test_the_original_is_the_model_before_any_method_touched_it() -> None:
+    """Pruning listed first, or factors put in: the teacher is neither gated nor factored."""
+    for methods in ([PruneHeads(0.5), Distill(alpha=1.0)], [LowRank(rank=2), Distill(alpha=1.0)]):
+        model = still("bert")
+        model.classifier.weight.data *= 100  # so that a small difference inside is a large one outside
+        with riding(model, methods, list(torch.utils.data.DataLoader(Rows("bert"), batch_size=8))) as tick:
+            tick(1.0)
+            assert model.train()(**FewBatches("bert").batch()).loss > 1e-6
+
+
+def test_a_resumed_training_does_not_choose_other_units(tmp_path: Path) -> None:
+    work = arguments(tmp_path, batch=4, max_steps=4, save_strategy="steps", save_steps=2)
+    fields = {"args": work, "train_dataset": Rows("bert")}
+    Trainer(model=still("bert"), callbacks=[CompressionCallback(PruneHeads(0.5))], **fields).train()
+    again = Trainer(model=still("bert"), callbacks=[CompressionCallback(PruneHeads(0.5))], **fields)
+    with pytest.raises(CompressionError, match="resume_from_checkpoint: which units fade was chosen when training began"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_resumed_distillation_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    ends = []
+    for resume in (False, True):
+        model = still("bert")
+        work = arguments(tmp_path / str(resume), batch=4, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=0.1)
+        Trainer(model=model, args=work, train_dataset=Rows("bert"), callbacks=[CompressionCallback(Distill())]).train()
+        if resume:
+            model = still("bert")
+            callback = CompressionCallback(Distill())
+            trainer = Trainer(model=model, args=work, train_dataset=Rows("bert"), callbacks=[callback])
+            trainer.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-2"))
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-6, rtol=1e-5)
+
+
+def test_what_can_not_be_distilled_or_combined_has_its_sentence(tmp_path: Path) -> None:
+    one = still("bert", num_labels=1)
+    with (
+        pytest.raises(CompressionError, match=r"soft targets need one label of several, and this .* has regression"),
+        riding(one, [Distill()]),
+    ):
+        pass
+    with pytest.raises(CompressionError, match="adapters: can't ride along with prune_heads"):
+        CompressionCallback(Adapters(), PruneHeads(0.5))
+    with (
+        pytest.raises(CompressionError, match="scores: gradient needs calibration data"),
+        riding(still("bert"), [PruneHeads(0.5)]),
+    ):
+        pass
+    with riding(still("bert"), [Distill()]) as _, pytest.raises(CompressionError, match="the model was given no labels"):
+        model = still("bert")
+        with riding(model, [Distill(alpha=0.5)]):
+            model.train()(input_ids=FewBatches("bert").batch()["input_ids"])
+    trainer = Trainer(
+        model=still("bert"), args=arguments(tmp_path), train_dataset=Rows("bert"), compute_loss_func=lambda *a, **k: None
+    )
+    with pytest.raises(CompressionError, match="compute_loss_func would ignore the distillation loss"):
+        attach(trainer, Distill())
+
+
+def test_labels_given_by_position_are_labels_too() -> None:
+    model, batch = still("bert").train(), FewBatches("bert").batch()
+    expected = model(**batch).loss
+    with riding(model, [Distill(still("bert", seed=1), alpha=0.0)]):
+        given = model(batch["input_ids"], batch["attention_mask"], None, None, None, batch["labels"]).loss
+    torch.testing.assert_close(given, expected)
