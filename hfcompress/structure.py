@@ -234,18 +234,28 @@ def _settle(model: nn.Module, change: dict[str, int], edits: Structure) -> Struc
     if not edits:
         return edits
     config: Any = model.config
-    before = {field: getattr(config, field) for field in change}
+    before, unexplained = {field: getattr(config, field) for field in change}, _unexplained(model, edits)
     try:
         for field, value in change.items():
             setattr(config, field, value)
         fewer = diff(model)
-        if set(fewer) < set(edits):
+        if set(fewer) <= set(edits) and _unexplained(model, fewer) < unexplained:
             return fewer
     except Exception:
         pass
     for field, value in before.items():
         setattr(config, field, value)
     return edits
+
+
+def _unexplained(model: nn.Module, edits: Structure) -> int:
+    """Edits, and those among them that also change a size: a config may explain the size of a layer that is low-bit as well."""
+    blank, total = twin(model), len(edits)
+    for name, edit in edits.items():
+        old = _submodule(blank, name)
+        if old is not None and edit["kind"] != "counts":
+            total += features(old) != tuple(edit[size] for size in _size_names(edit["kind"]))
+    return total
 
 
 def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | None:

@@ -80,8 +80,8 @@ def test_the_commands_exist() -> None:
             assert CliRunner().invoke(app, [words[0], "--help"]).exit_code == 0, command
 
 
-def test_every_method_is_in_the_table() -> None:
-    assert set(METHODS) == {
+def test_the_table_names_methods_that_exist() -> None:
+    assert set(METHODS) >= {
         name for row in re.findall(r"^\| (`[^|]+) \|", README, re.M) for name in re.findall(r"`(\w+)`", row)
     }
 
