@@ -189,7 +189,7 @@ def family_of(model: nn.Module) -> Family:
         raise CompressionError(
             f"{type(model).__name__}: hfcompress does not know where heads, neurons and layers of {kind!r} models are; "
             f"known are {', '.join(FAMILIES)}; "
-            f"distill, prune_weights, low_rank, adapters, quantize and cast work on any architecture."
+            f"distill, student, prune_weights, low_rank, adapters, quantize and cast work on any architecture."
         )
     return FAMILIES[kind]
 

@@ -28,6 +28,7 @@ def from_scratch(model: Any, architecture: str | dict[str, Any], seed: int) -> n
     _take_over(config, model.config, architecture if isinstance(architecture, dict) else {})
     if auto is AutoModelForCausalLM and type(config) in MODEL_FOR_MASKED_LM_MAPPING and hasattr(config, "is_decoder"):
         config.is_decoder = True  # else every token would see the one it is to predict
+    config.architectures = []  # where a config has several classes for one kind of head, the first; None would be an error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -17,10 +17,10 @@ from hfcompress.anatomy import layer_stacks
 from hfcompress.errors import CompressionError
 
 
-def blank(model: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """The model of this class that a config describes, on the meta device."""
+def blank(model: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
+    """The model of this class that a config, its own if none is given, describes, on the meta device."""
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(config))  # type: ignore[call-arg]
+        return type(model)(copy.deepcopy(config or model.config))  # type: ignore[call-arg]
 
 
 def keep_layers(model: Any, stack: str, keep: list[int]) -> None:
@@ -28,7 +28,7 @@ def keep_layers(model: Any, stack: str, keep: list[int]) -> None:
 
     The result is what its config describes. CompressionError, and no change, where the config can't tell these layers.
     """
-    before = blank(model, model.config)
+    before = blank(model)
     after = _described(model, before, stack, keep)
     old: Any = before.get_submodule(stack)
     new: Any = after.get_submodule(stack)
@@ -186,9 +186,9 @@ def _follow(module: nn.Module, before: nn.Module, after: nn.Module) -> None:
         if key and name in mine and hasattr(mine[name], key):
             setattr(mine[name], key, value)
     for name, old in before.named_modules():
-        config = getattr(mine.get(name), "config", None)  # T5 gives each stack a copy of its own
-        if isinstance(config, PreTrainedConfig) and name in others:
-            _follow_config(config, old.config, others[name].config)
+        configs = [getattr(one, "config", None) for one in (mine.get(name), old, others.get(name))]
+        if all(isinstance(config, PreTrainedConfig) for config in configs):  # T5 gives each stack a copy of its own
+            _follow_config(*configs)
 
 
 def _follow_config(config: Any, before: Any, after: Any) -> None:

@@ -26,7 +26,7 @@ def narrow(model: Any, sizes: dict[str, int]) -> None:
     sub-network. In families of the anatomy they are chosen by L2 norm; in others the leading ones stay, where shapes show that
     these are whole units. CompressionError, and no change, where they do not.
     """
-    before = blank(model, model.config)
+    before = blank(model)
     _check_as_described(model, before)
     config, after = _smaller(model, sizes, before)
     changed = _changed(before, after)
@@ -56,10 +56,12 @@ def _smaller(model: Any, sizes: dict[str, int], before: nn.Module) -> tuple[Any,
     aliases = getattr(model.config, "attribute_map", {})
     config: Any = copy.deepcopy(model.config)
     named = {aliases.get(key, key): value for key, value in sizes.items()}
+    given = set(named)
     # A size that another part of the model took over from this one: DeBERTa's pooler_hidden_size.
-    for key, value in list(named.items()):
-        named.update({other: value for other, now in vars(config).items()
-                      if other.endswith(f"_{key}") and other not in named and now == getattr(config, key, None)})  # fmt: skip
+    for key in sorted(given):
+        for other, now in vars(config).items():
+            if "_" in key and other.endswith(f"_{key}") and now == getattr(config, key, None):
+                named.setdefault(other, named[key])
     fields = [key for key, value in vars(config).items() if type(value) is int and not key.endswith("_id")]
     for key, value in named.items():
         now = getattr(config, key, None)
@@ -75,7 +77,7 @@ def _smaller(model: Any, sizes: dict[str, int], before: nn.Module) -> tuple[Any,
     if [stack.count for stack in layer_stacks(before)] != [stack.count for stack in layer_stacks(after)]:
         raise CompressionError("student: config: sizes make layers narrower, not fewer; give layers, every or number for that.")
     for key, value in named.items():
-        if value != getattr(model.config, key) and not _is_felt(model, config, key, after):
+        if key in given and value != getattr(model.config, key) and not _is_felt(model, config, key, after):
             raise CompressionError(
                 f"student: config: {key} changes no part of {type(model).__name__}, so it is no size; omit it."
             )
@@ -203,14 +205,15 @@ def _leading(
     probe = _probe(model, sizes)
     numbers = [_numbers(one.config) for one in (before, after, probe)]
     counts = [tuple(one.get(key, 0) for one in numbers) for key in numbers[0]]
-    of_a_head = {value for module in before.modules() for key, value in plain(module).items() if _is_of_a_head(key)}
-    whole = {*counts, *(tuple(one * size for one in count) for count in counts for size in of_a_head)}
+    heads = [tuple(one.get(key, 0) for one in numbers) for key in numbers[0] if "head" in key]
+    of_a_head = {value for one in before.modules() for key, value in plain(one).items() if _is_head_size(key)}
+    whole = {*counts, *(tuple(count * size for count in counted) for counted in heads for size in of_a_head)}
     larger = shapes(probe)
     names = dict(after.named_modules())
     for name, module in before.named_modules():
         mine, theirs = plain(module), plain(names[name])
         for key in mine:
-            if mine[key] != theirs.get(key) and _is_of_a_head(key):
+            if mine[key] != theirs.get(key) and (_is_head_size(key) or key == "num_key_value_groups"):
                 raise CompressionError(
                     f"student: config: {_told(sizes)} would change {key} of {name} from {mine[key]} to {theirs.get(key)}, and "
                     f"only whole heads can go; possible are as many features for each head as before; change the number of "
@@ -242,8 +245,8 @@ def _numbers(config: Any) -> dict[str, int]:
     return {key: value for key, value in vars(config).items() if type(value) is int}
 
 
-def _is_of_a_head(key: str) -> bool:
-    return key == "num_key_value_groups" or ("head" in key and key.endswith(("dim", "size")) and not key.startswith("all_"))
+def _is_head_size(key: str) -> bool:
+    return "head" in key and key.endswith(("dim", "size")) and not key.startswith("all_")
 
 
 def _fill(model: Any, narrower: Any, index: Index) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from hfcompress.anatomy import Stack, layer_stacks
 from hfcompress.architecture import from_scratch
-from hfcompress.depth import keep_layers
+from hfcompress.depth import blank, keep_layers
 from hfcompress.errors import CompressionError
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery import become, check_no_adapter
@@ -67,18 +67,27 @@ class Student(Method):
         check_no_adapter(model, self.key())
         if self.architecture is not None:
             become(model, from_scratch(model, self.architecture, self.seed))
-        if self.every or self.layers or self.number:
-            cuts = [(stack, self._kept(stack)) for stack in self._stacks(model)]
-            if all(len(keep) == stack.count for stack, keep in cuts):
-                raise CompressionError(
-                    f"student: {self} keeps every layer of {', '.join(_told(stack) for stack, _ in cuts)}; keep fewer."
-                )
-            for stack, keep in cuts:
-                if len(keep) < stack.count:
-                    keep_layers(model, stack.name, keep)
+        cuts = self._cuts(model)
+        if cuts:  # what can't be done is refused before the first layer goes
+            rehearsal = blank(model)
+            for name, keep in cuts.items():
+                keep_layers(rehearsal, name, keep)
         if self.config is not None:
             narrow(model, self.config)
+        for name, keep in cuts.items():
+            keep_layers(model, name, keep)
         yield None
+
+    def _cuts(self, model: nn.Module) -> dict[str, list[int]]:
+        """A stack's name -> the layers to keep, of every stack that loses any."""
+        if self.every is None and self.layers is None and self.number is None:
+            return {}
+        stacks = self._stacks(model)
+        cuts = {stack.name: self._kept(stack) for stack in stacks}
+        fewer = {stack.name: cuts[stack.name] for stack in stacks if len(cuts[stack.name]) < stack.count}
+        if not fewer:
+            raise CompressionError(f"{self} keeps every layer of {' and of '.join(map(_told, stacks))}; keep fewer.")
+        return fewer
 
     def _stacks(self, model: nn.Module) -> list[Stack]:
         stacks = layer_stacks(model)
