@@ -180,7 +180,9 @@ def layer_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, GradientCheckpointingLayer) and any(kind_of(part) is not None for part in module.modules())
+    return isinstance(module, GradientCheckpointingLayer) and any(
+        isinstance(part, nn.Linear) or kind_of(part) is not None for part in module.modules()
+    )
 
 
 def family_of(model: nn.Module) -> Family:

@@ -51,17 +51,18 @@ def _described(model: Any, before: nn.Module, stack: str, keep: list[int]) -> nn
     """The blank model whose config tells that the stack has these layers and every other stack has its own."""
     lengths = {one.name: one.count for one in layer_stacks(before)}
     for path, key in _candidates(model.config, lengths[stack]):
-        config = copy.deepcopy(model.config)
-        part = config
-        for step in path:
-            part = getattr(part, step)
-        try:
-            _shorten(part, key, keep, lengths[stack])
-            after = blank(model, config)
-        except Exception:  # a field of another meaning: the config's own checks, or the model's, refuse the number
-            continue
-        if {one.name: one.count for one in layer_stacks(after)} == {**lengths, stack: len(keep)}:
-            return after
+        for marks in (("layer", "block"), ("",)):
+            config = copy.deepcopy(model.config)
+            part = config
+            for step in path:
+                part = getattr(part, step)
+            try:
+                _shorten(part, key, keep, lengths[stack], marks)
+                after = blank(model, config)
+            except Exception:  # a field of another meaning: the config's own checks, or the model's, refuse the number
+                continue
+            if {one.name: one.count for one in layer_stacks(after)} == {**lengths, stack: len(keep)}:
+                return after
     raise CompressionError(
         f"student: no field of {type(model.config).__name__} counts the layers of {stack} alone, so {len(keep)} of its "
         f"{lengths[stack]} layers can't be told; possible are stacks with a count of their own; name one as stack."
@@ -83,11 +84,15 @@ def _parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from _parts(value, (*path, key))
 
 
-def _shorten(config: Any, key: str, keep: list[int], count: int) -> None:
+def _shorten(config: Any, key: str, keep: list[int], count: int, marks: tuple[str, ...]) -> None:
+    """Set the count, and shorten lists with an entry a layer whose names hold one of the marks.
+
+    By name first: a list may be as long as the stack by chance (special tokens, kernel sizes). Longformer's attention_window
+    is found at the second try, as its model is not built without.
+    """
     setattr(config, key, len(keep))
     for name, value in list(vars(config).items()):
-        # by name: a list may be as long as the stack by chance (special tokens, kernel sizes)
-        if isinstance(value, list | tuple) and ("layer" in name or "block" in name):
+        if isinstance(value, list | tuple) and any(mark in name for mark in marks):
             setattr(config, name, type(value)(_entries(list(value), keep, count)))
     if getattr(config, "max_window_layers", None) is not None:  # Qwen: how many layers see everything
         config.max_window_layers = min(config.max_window_layers, len(keep))

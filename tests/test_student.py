@@ -220,6 +220,10 @@ def test_what_is_counted_a_layer_follows() -> None:
     model = made("deberta-v2", num_hidden_layers=2)  # as many layers as pos_att_type has entries
     Student(layers=[0]).run(model, None)
     assert model.config.pos_att_type == ["p2c", "c2p"]
+    config = transformers.LongformerConfig(**{**SIZES, "num_hidden_layers": 3}, attention_window=[4, 6, 8])
+    longformer = transformers.LongformerForSequenceClassification(config)
+    Student(layers=[0, 2]).run(longformer, None)
+    assert longformer.config.attention_window == [4, 8]
     model = made("wav2vec2")
     Student(number=2).run(model, None)
     assert (model.config.num_hidden_layers, len(model.wav2vec2.feature_extractor.conv_layers)) == (2, 2)
@@ -529,7 +533,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "albert",
         {"number": 2},
-        "student: AlbertForSequenceClassification has no stack of layers to choose from (ALBERT uses one layer many times); possible are config and architecture.",
+        "student: AlbertForSequenceClassification has no stack of layers to choose from (ALBERT uses one layer many times, some older models have no layer class); possible are config and architecture.",
     ),
     (
         "modernbert",

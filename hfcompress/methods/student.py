@@ -93,8 +93,8 @@ class Student(Method):
         stacks = layer_stacks(model)
         if not stacks:
             raise CompressionError(
-                f"student: {type(model).__name__} has no stack of layers to choose from (ALBERT uses one layer many times); "
-                f"possible are config and architecture."
+                f"student: {type(model).__name__} has no stack of layers to choose from (ALBERT uses one layer many times, "
+                f"some older models have no layer class); possible are config and architecture."
             )
         meant = [one for one in stacks if self.stack in ("all", one.side, one.name)]
         if not meant:
