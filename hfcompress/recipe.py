@@ -12,7 +12,7 @@ from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.methods import METHODS, Method, Step
 from hfcompress.methods.base import Fields
-from hfcompress.task import TASKS, Task
+from hfcompress.tasks import TASKS, Task
 from hfcompress.train import Train, training_fields
 
 STEPS: dict[str, type[Step]] = {Train.key(): Train, **METHODS}

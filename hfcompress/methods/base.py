@@ -88,25 +88,25 @@ class Batches:
     def __init__(self, loader: Any = None, original: nn.Module | None = None) -> None:
         self._loader, self.original = loader, original
 
-    def batches(self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-        """About `samples` examples, on the model's device."""
+    def batches(self, model: nn.Module, samples: int | None, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+        """About `samples` examples, on the model's device. `samples=None`: every one once, in the order of the data."""
         if self._loader is None:
             raise CompressionError(NO_DATA)
         device, seen = next(model.parameters()).device, 0
-        for batch in self._plain(batch_size, seed):
+        for batch in self._plain(batch_size, seed, shuffle=samples is not None):
             yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             seen += len(next(iter(batch.values())))
-            if seen >= samples:
+            if samples is not None and seen >= samples:
                 return
 
-    def _plain(self, batch_size: int, seed: int) -> Iterable[Any]:
+    def _plain(self, batch_size: int, seed: int, shuffle: bool) -> Iterable[Any]:
         # A fresh loader over the same data: leaving the Trainer's own in the middle would upset accelerate's bookkeeping.
         if not hasattr(getattr(self._loader, "dataset", None), "__getitem__"):  # streamed data
             return self._loader
         return DataLoader(
             self._loader.dataset,
             batch_size=batch_size,
-            shuffle=True,
+            shuffle=shuffle,
             collate_fn=self._loader.collate_fn,
             generator=torch.Generator().manual_seed(seed),
         )
