@@ -155,6 +155,8 @@ def _read_folder(folder: Path, dataset: str, unit: str) -> DatasetDict:
         return DatasetDict({split: _read_classes(part, names, kinds) for split, part in parts.items()})
     if _has_classes(folder, kinds):
         return DatasetDict(train=_read_classes(folder, sorted(child.name for child in _folders(folder)), kinds))
+    if unit == "image" and (images := sorted(map(str, _files(folder, kinds)))):
+        return DatasetDict(train=Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image())))
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS)
     if not files:
         raise CompressionError(
@@ -196,16 +198,24 @@ def _read_classes(folder: Path, names: list[str], kinds: tuple[str, ...]) -> Dat
     return Dataset.from_dict(rows, features=datasets.Features({what: kind, "label": ClassLabel(names=names)}))
 
 
-def find_column(kind: str, asked: str | None, guesses: Iterable[str], columns: Iterable[str], dataset: str) -> str:
-    """The column asked for, else the first guess there is; `kind` is the field that names it, such as `text_column`."""
-    columns = list(columns)
-    if asked is not None and asked not in columns:
-        raise CompressionError(f"{kind}: dataset {dataset!r} has no column {asked!r}.{did_you_mean(asked, columns)}")
-    found = asked or next((guess for guess in guesses if guess in columns), None)
+def find_column(
+    kind: str, asked: str | None, guesses: Iterable[str], columns: Iterable[str], dataset: str, taken: Iterable[str] = ()
+) -> str:
+    """The column asked for, else the first guess there is; `kind` is the field that names it, such as `text_column`.
+
+    `taken`: columns that are something else already.
+    """
+    columns, taken = list(columns), set(taken)
+    free = [column for column in columns if column not in taken]
+    if asked is not None and asked not in free:
+        if asked in taken:
+            raise CompressionError(f"{kind}: column {asked!r} of dataset {dataset!r} is in use already; name another one.")
+        raise CompressionError(f"{kind}: dataset {dataset!r} has no column {asked!r}.{did_you_mean(asked, free)}")
+    found = asked or next((guess for guess in guesses if guess in free), None)
     if found is None:
         raise CompressionError(
             f"dataset {dataset!r}: none of its columns ({', '.join(columns)}) is called"
-            f" {', '.join(guesses)}; name the right one with {kind}."
+            f" {', '.join(guess for guess in guesses if guess not in taken)}; name the right one with {kind}."
         )
     return found
 

@@ -70,6 +70,7 @@ class Recipe(Fields):
             mistakes += _order_mistakes(raw["steps"])
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
+            mistakes += _label_mistakes(raw["task"], raw.get("steps"))
         raw = (
             {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
         )
@@ -279,6 +280,27 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
                 )
         if quantised is None and any(one is not None and one.key() == "quantize" for one in (step, *riders)):
             quantised = number
+    return mistakes
+
+
+def _label_mistakes(task: Task | None, steps: Any) -> list[str]:
+    """What needs labels, where the data has none."""
+    if getattr(task, "labelled", True) or not isinstance(steps, tuple):
+        return []
+    mistakes = []
+    for number, step in enumerate(steps):
+        riders = step.riders if isinstance(step, Train) else ()
+        if isinstance(step, Train) and not any(rider.replaces_loss for rider in riders):
+            mistakes.append(
+                f"steps.{number}: train has no labels to learn from, as task.labelled is false; learn from a teacher:"
+                " with: [{distill: {alpha: 1}}]."
+            )
+        for one in (step, *riders):
+            if getattr(one, "scores", None) == "gradient":
+                mistakes.append(
+                    f"steps.{number}: scores: gradient of {one.key()} needs labels, and task.labelled is false;"
+                    " choose scores: magnitude."
+                )
     return mistakes
 
 

@@ -50,8 +50,7 @@ class Classification(Task):
         """The column of the labels, which is none of the others; nothing where there are no labels."""
         if not self.labelled:
             return []
-        columns = [column for column in rows.column_names if column not in others]
-        return [find_column("label_column", self.label_column, guesses, columns, self.dataset)]
+        return [find_column("label_column", self.label_column, guesses, rows.column_names, self.dataset, others)]
 
     @property
     def _kind(self) -> str:

@@ -64,9 +64,9 @@ class Seq2SeqLM(TextTask):
                     f"{asked}: dataset {self.dataset!r} has no column {TRANSLATION!r} with languages in it; name its columns"
                     " with text_column and target_column instead."
                 )
-            columns = rows.column_names
-            text = find_column("text_column", self.text_column, SOURCES, without(columns, self.target_column), self.dataset)
-            target = find_column("target_column", self.target_column, TARGETS, without(columns, text), self.dataset)
+            there, known = rows.column_names, {self.target_column or ""}
+            text = find_column("text_column", self.text_column, SOURCES, there, self.dataset, known)
+            target = find_column("target_column", self.target_column, TARGETS, there, self.dataset, [text])
             pairs = list(zip(rows[text][:], rows[target][:], strict=True))
         pairs = [pair for pair in pairs if all(isinstance(part, str) and part.strip() for part in pair)]
         return Dataset.from_dict({"source": [one for one, _ in pairs], "target": [other for _, other in pairs]})
@@ -119,8 +119,3 @@ class Seq2SeqLM(TextTask):
         targets = self._first("labels", batch_size, min(length, self.max_target_length, positions(self._config)))
         moved_on = self._shifter.prepare_decoder_input_ids_from_labels(labels=targets)
         return {**super().example(batch_size, length), "decoder_input_ids": moved_on}
-
-
-def without(columns: list[str], one: str | None) -> list[str]:
-    """The columns but for that one."""
-    return [column for column in columns if column != one]

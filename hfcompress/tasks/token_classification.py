@@ -41,7 +41,8 @@ class TokenClassification(Classification, TextTask):
             )
         # A byte-level tokenizer takes a word without a blank before it for the rest of another word.
         if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True) is False:
-            tokenizer = load_tokenizer(path, add_prefix_space=True)
+            tokenizer = load_tokenizer(path, add_prefix_space=True)  # for classes that build this part anew
+            tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True  # for those that read it from tokenizer.json
         return tokenizer
 
     @property
