@@ -117,6 +117,39 @@ def low_bit(layer: Any) -> nn.Module:
     return layer.requires_grad_(False)
 
 
+def codes_fit(layer: nn.Module, bits: int) -> bool:
+    """Whether bitsandbytes' kernels read such codes rightly. bitsandbytes 0.50 reads 4-bit rows wrongly on CPUs where a block
+    of 64 spans two of them, and its AVX512-BF16 path refuses rows that are not in thirty-twos."""
+    into, out = features(layer)
+    return bits == 8 or (into % 64 == 0 and out % 32 == 0)
+
+
+def coded(
+    layer: Any,
+    bits: int,
+    quant_type: str = "nf4",
+    use_double_quant: bool = True,
+    compute_dtype: str | None = None,
+    threshold: float = 0.0,
+) -> nn.Module:
+    """The low-bit twin of a Linear or Conv1D, on the same device; the arguments are those of `quantize`."""
+    import bitsandbytes as bnb
+
+    weight = layer.weight.detach()
+    weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+    sizes, device = features(layer), weight.device
+    if bits == 4:
+        kept: dict[str, Any] = {"quant_type": quant_type, "compress_statistics": use_double_quant}
+        compute = DTYPES[compute_dtype] if compute_dtype else None
+        new: Any = bnb.nn.Linear4bit(*sizes, layer.bias is not None, compute_dtype=compute, **kept)
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kept)
+    else:
+        new = bnb.nn.Linear8bitLt(*sizes, layer.bias is not None, has_fp16_weights=False, threshold=threshold)
+        new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    new.bias = layer.bias
+    return low_bit(new.to(device))
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of layer: `fields(module)` tells it in plain JSON values, `build(**fields)` makes an empty one."""

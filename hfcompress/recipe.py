@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
 
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.methods import METHODS, Method, Step
+from hfcompress.methods import METHODS, Distill, Method, Step
 from hfcompress.methods.base import Fields
 from hfcompress.tasks import TASKS, Task
 from hfcompress.train import Train, training_fields
@@ -294,6 +294,11 @@ def _label_mistakes(task: Task | None, steps: Any) -> list[str]:
             mistakes.append(
                 f"steps.{number}: train has no labels to learn from, as task.labelled is false; learn from a teacher:"
                 " with: [{distill: {alpha: 1}}]."
+            )
+        if any(term.needs == "labels" for rider in riders if isinstance(rider, Distill) for term in rider.summands):
+            mistakes.append(
+                f"steps.{number}: distill also learns from labels, and task.labelled is false; set alpha: 1, or leave the term"
+                " task out."
             )
         for one in (step, *riders):
             if getattr(one, "scores", None) == "gradient":

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import Anatomy, Units
+from hfcompress.anatomy import Anatomy, Units, body_linears
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.layers import kind_of
+from hfcompress.layers import codes_fit, kind_of
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -103,6 +103,14 @@ def keep_layers(model: nn.Module, anatomy: Anatomy, keep: list[int]) -> None:
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(keep))
     config.num_hidden_layers = len(keep)
+
+
+def codable(model: Any, bits: int = 8) -> list[str]:
+    """Names of the body's dense layers that may become codes of so many bits."""
+    # T5 casts its input to the dtype of `wo`, so what transformers keeps in float32 must not become codes.
+    dense = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    names = [name for name in body_linears(model) if not dense.intersection(name.split("."))]
+    return [name for name in names if codes_fit(model.get_submodule(name), bits)]
 
 
 def check_no_adapter(model: Any, where: str) -> None:

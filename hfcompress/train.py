@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import typing
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.loading import forget_reading
-from hfcompress.methods.base import Batches, Method, Step, check_together, riding, with_original
+from hfcompress.methods.base import Batches, Method, Step, Tick, check_together, riding, with_original
 from hfcompress.structure import describe
 
 # What the recipe decides itself: where things lie, and which process does what.
@@ -76,7 +79,7 @@ class Train(Step):
             trained = any(parameter.requires_grad for parameter in model.parameters())
             if not trained and not any(rider.adds_parameters for rider in self.riders):
                 raise CompressionError("train: no weight of the model can be trained; add adapters under with.")
-            with riding(model, self.riders, task) as tick:
+            with _returning_attentions(model, self.riders), riding(model, self.riders, task) as tick:
                 trainer = _trainer(model, arguments, task, tick, self.riders)
                 trainer.train()
                 # accelerate wrapped forward in autocast and would leave it there: later steps would measure another model.
@@ -97,6 +100,20 @@ class Train(Step):
             output_dir=output_dir,
             **{**defaults, **(self.model_extra or {}), "num_train_epochs": self.epochs, "disable_tqdm": True},
         )
+
+
+@contextmanager
+def _returning_attentions(model: Any, riders: Iterable[Method]) -> Iterator[None]:
+    """A recipe's model is ours: terms on attention maps get the implementation that returns them, while training lasts."""
+    used = getattr(model.config, "_attn_implementation", "eager")
+    if used == "eager" or not any(rider.wants_attentions for rider in riders):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(used)
 
 
 def transformers_set_seed(seed: int) -> None:
@@ -120,8 +137,9 @@ def _trainer(model: nn.Module, arguments: TrainingArguments, task: Any, tick: An
         eval_dataset=task.eval_dataset,
         data_collator=task.collator,
         processing_class=task.processor,
-        callbacks=[_Ticking(tick), _Bar()],
+        callbacks=[ticking := _Ticking(tick), _Bar()],
     )
+    ticking.go_first(trainer.callback_handler)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not any(rider.replaces_loss for rider in riders) and task.headline != "perplexity":
@@ -132,13 +150,31 @@ def _trainer(model: nn.Module, arguments: TrainingArguments, task: Any, tick: An
 
 
 class _Ticking(TrainerCallback):
-    """Calls a tick after every optimizer step."""
+    """Calls ticks after every optimizer step, and logs what they tell beside the loss: the mean since it was last logged."""
 
-    def __init__(self, tick: Any) -> None:
-        self._tick = tick
+    def __init__(self, *ticks: Tick) -> None:
+        self._ticks, self._told = list(ticks), dict[str, list[Tensor]]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._tick(state.global_step / state.max_steps)
+        for tick in self._ticks:
+            for name, value in (tick(state.global_step / state.max_steps) or {}).items():
+                self._told.setdefault(name, []).append(value)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        means = {name: torch.stack(values).mean() for name, values in self._told.items()}
+        if args.world_size > 1:
+            means = reduce(means, "mean")
+        told = {name: float(value) for name, value in means.items()}
+        logs.update(told)
+        state.log_history[-1].update(told)  # it got a copy before any callback was asked
+        self._told.clear()
+
+    def go_first(self, handler: CallbackHandler) -> None:
+        """Before trackers, which send off the logs as they find them."""
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
 
 
 class _Bar(TrainerCallback):
@@ -182,7 +218,7 @@ def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> Non
             )
 
 
-class CompressionCallback(TrainerCallback):
+class CompressionCallback(_Ticking):
     """Methods for a Trainer of your own: `Trainer(..., callbacks=[CompressionCallback(Distill(teacher), PruneHeads(0.3))])`.
 
     Methods that add parameters act when the Trainer is built, others when training begins, each finishes when it ends (after
@@ -197,8 +233,8 @@ class CompressionCallback(TrainerCallback):
                     f"CompressionCallback: {method!r} is no method; give method objects such as PruneHeads(ratio=0.3)."
                 )
         self._methods = methods
+        super().__init__()
         self._stack = ExitStack()
-        self._ticks: list[Any] = []
         self._phase = "new"
         self._batches = Batches()
         check_together(methods)
@@ -207,6 +243,11 @@ class CompressionCallback(TrainerCallback):
         if self._phase != "new":
             raise CompressionError("CompressionCallback: it belongs to one Trainer already; make a new one for this Trainer.")
         self._phase = "built"
+        caller = inspect.currentframe()
+        handler = caller and caller.f_back and caller.f_back.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+            # A Trainer tells its callbacks everything but where they stand; whoever wants to be logged must stand first.
+            self.go_first(handler)
         check_riders(self._methods, args)
         with_original(model, self._methods, self._batches)
         self._enter(model, self._batches, adding=True)
@@ -224,7 +265,9 @@ class CompressionCallback(TrainerCallback):
                 "resume_from_checkpoint: which units fade was chosen when training began, and a checkpoint does not hold it; "
                 "train from the start, or prune before training."
             )
-        batches = Batches(given.get("train_dataloader"), self._batches.original)
+        batches = Batches(
+            given.get("train_dataloader"), self._batches.original, given.get("processing_class"), bool(state.global_step)
+        )
         self._enter(_unwrapped(model), batches, adding=False)
 
     def _enter(self, model: Any, task: Any, adding: bool) -> None:
@@ -233,10 +276,6 @@ class CompressionCallback(TrainerCallback):
                 tick = self._stack.enter_context(method.applied(model, task))
                 if tick is not None:
                     self._ticks.append(tick)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for tick in self._ticks:
-            tick(state.global_step / state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._phase = "done"
@@ -261,6 +300,7 @@ def attach(trainer: Trainer, *methods: Method) -> Trainer:
     callback = CompressionCallback(*methods)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     trainer.add_callback(callback)
+    callback.go_first(trainer.callback_handler)
     return trainer
 
 

@@ -30,7 +30,12 @@ ALLOWED = {
     "scores": "errors layers anatomy surgery processes",
     "losses": "",
     "processes": "",
-    "methods": "errors layers anatomy surgery scores losses methods.base methods.units",
+    "lesson": "errors losses",
+    "terms": "errors losses lesson methods.base",
+    "signals": "errors losses lesson processes",
+    "teachers": "errors layers surgery",
+    "distilling": "errors anatomy lesson signals teachers terms",
+    "methods": "errors layers anatomy surgery scores teachers terms distilling methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
     "checkpoints": "errors data",
@@ -55,7 +60,7 @@ ONLY_IN = {
     "evaluate": {"metrics"},
     "matplotlib": {"plots"},
     "peft": {"methods.adapters", "artifact"},
-    "bitsandbytes": {"layers", "methods.quantize"},
+    "bitsandbytes": {"layers"},
 }
 LINES, FUNCTION_LINES = 380, 60
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from hfcompress.errors import CompressionError
 
 NO_DATA = "scores: gradient needs calibration data; give a task or batches with labels, or choose scores: magnitude."
-Tick = Callable[[float], None]
-"""Called after every optimizer step with the progress of training, 0..1."""
+Tick = Callable[[float], Mapping[str, Tensor] | None]
+"""Called after every optimizer step with the progress of training, 0..1. Returns what is worth logging, a name to a scalar."""
 
 
 class Fields(BaseModel):
@@ -72,6 +72,11 @@ class Method(Step):
         """Whether it asks for `task.original`, a copy of the model as no method has touched it."""
         return False
 
+    @property
+    def wants_attentions(self) -> bool:
+        """Whether the model must return its attention maps, which only the eager implementation does."""
+        return False
+
     def applied(self, model: nn.Module, task: Any) -> AbstractContextManager[Tick | None]:
         """Before the yield: choose, insert, freeze. The pause: training, calling the yielded tick. After: cut, merge, pack."""
         raise NotImplementedError
@@ -83,32 +88,34 @@ class Method(Step):
 
 
 class Batches:
-    """What methods need of a Task, from a data loader: a few labelled batches."""
+    """What methods need of a Task, from a data loader: labelled batches, and whose tokens they are."""
 
-    def __init__(self, loader: Any = None, original: nn.Module | None = None) -> None:
-        self._loader, self.original = loader, original
+    def __init__(
+        self, loader: Any = None, original: nn.Module | None = None, processor: Any = None, is_resumed: bool = False
+    ) -> None:
+        self._loader, self.original, self.processor, self.is_resumed = loader, original, processor, is_resumed
 
     def batches(self, model: nn.Module, samples: int | None, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-        """About `samples` examples, on the model's device. `samples=None`: every one once, in the order of the data."""
+        """About `samples` examples by chance, or every one in its order for None, on the model's device."""
         if self._loader is None:
             raise CompressionError(NO_DATA)
         device, seen = next(model.parameters()).device, 0
-        for batch in self._plain(batch_size, seed, shuffle=samples is not None):
+        for batch in self._plain(batch_size, None if samples is None else seed):
             yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             seen += len(next(iter(batch.values())))
             if samples is not None and seen >= samples:
                 return
 
-    def _plain(self, batch_size: int, seed: int, shuffle: bool) -> Iterable[Any]:
+    def _plain(self, batch_size: int, seed: int | None) -> Iterable[Any]:
         # A fresh loader over the same data: leaving the Trainer's own in the middle would upset accelerate's bookkeeping.
         if not hasattr(getattr(self._loader, "dataset", None), "__getitem__"):  # streamed data
             return self._loader
         return DataLoader(
             self._loader.dataset,
             batch_size=batch_size,
-            shuffle=shuffle,
+            shuffle=seed is not None,
             collate_fn=self._loader.collate_fn,
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(seed or 0),
         )
 
 
@@ -151,8 +158,7 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
     with ExitStack() as stack:
         ticks = [tick for method in methods if (tick := stack.enter_context(method.applied(model, task))) is not None]
 
-        def tick_all(progress: float) -> None:
-            for tick in ticks:
-                tick(progress)
+        def tick_all(progress: float) -> dict[str, Tensor]:
+            return {name: value for tick in ticks for name, value in (tick(progress) or {}).items()}
 
         yield tick_all

@@ -1,26 +1,25 @@
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
-import transformers
-from pydantic import Field, field_serializer
-from torch import Tensor, nn
+from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, field_validator, model_validator
+from torch import nn
 
-from hfcompress.errors import CompressionError
-from hfcompress.losses import cross_entropy, items, kl
+from hfcompress.distilling import Distilling
+from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.methods.base import Method, Tick
+from hfcompress.teachers import ORIGINAL
+from hfcompress.terms import TERMS, Term
 
 
 class Distill(Method):
-    """Learn from a teacher's soft targets beside the labels: alpha * T^2 KL + (1 - alpha) * task loss.
+    """Learn from a teacher: alpha * T^2 KL + (1 - alpha) * task loss, or any list of terms with weights.
 
     Needs: training around it, and a teacher with the same labels or vocabulary.
     Buys: what pruning, factoring or fewer layers cost, in part or whole (docs/quickstart.md has it measured).
-    Costs: the teacher's forward pass at every step.
+    Costs: the teacher's forward pass at every step, or once over the training set with a cache.
     Paper: Hinton et al. 2015 (arXiv 1503.02531); Sanh et al. 2019, DistilBERT (arXiv 1910.01108)
     """
 
@@ -28,132 +27,127 @@ class Distill(Method):
     replaces_loss: ClassVar[bool] = True
 
     teacher: Any = Field(
-        "original",
-        description="original: the model before its first compressing step; a path or Hub id; or, in Python, a model.",
+        ORIGINAL,
+        description="original: the model before its first compressing step; current: as it stands now; a path or Hub id; "
+        "or, in Python, a model. A list of these is an ensemble, averaged.",
     )
     temperature: float = Field(2.0, gt=0, description="Softens both distributions.")
     alpha: float = Field(0.7, ge=0, le=1, description="Weight of the soft targets; the task loss gets the rest.")
+    terms: tuple[SerializeAsAny[Term], ...] | None = Field(
+        None, min_length=1, description=f"Instead of alpha: {', '.join(TERMS)}, each a name, name: weight or name: {{fields}}."
+    )
+    teacher_bits: Literal[8, 4] | None = Field(None, description="Hold the teacher's linear layers in so many bits.")
+    cache: str | None = Field(None, description="A folder: the teacher's answers are recorded there once, and read from there.")
+    top_k: int = Field(64, ge=1, description="In the cache, of each token: the likeliest classes, and the mass of the rest.")
+    projection_lr: float = Field(1e-3, gt=0, description="Adam's step for projections, which terms on hidden states may need.")
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _read_terms(cls, given: Any) -> Any:
+        if given is None or not isinstance(given, list | tuple):
+            raise (
+                ValueError("terms is a list, as in [kl: 0.7, task: 0.3]")
+                if given is not None
+                else None or ValueError("terms is a list; leave it out to use alpha")
+            )
+        return tuple(one if isinstance(one, Term) else _term(one) for one in given)
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Distill:
+        if self.terms is None:
+            return self
+        if "alpha" in self.model_fields_set:
+            raise ValueError("alpha weighs kl and task, and terms have weights of their own; remove one of the two")
+        names = [term.key for term in self.terms]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is listed twice; add up the weights")
+        self._check_cache()
+        return self
+
+    def _check_cache(self) -> None:
+        for term in self.terms or () if self.cache else ():
+            if term.needs not in ("labels", "logits"):
+                raise ValueError(
+                    f"cache stores the teacher's answers, and {term.key} needs its {term.needs}; leave out one of the two"
+                )
+            if term.key == "logits_mse" and "top_k" in self.model_fields_set:
+                raise ValueError("top_k does not store whole logits, which logits_mse needs; leave out one of the two")
 
     @field_serializer("teacher")
-    def _name_of_teacher(self, teacher: Any) -> str:
+    def _name_of_teacher(self, teacher: Any) -> Any:
+        if isinstance(teacher, list | tuple):
+            return [self._name_of_teacher(one) for one in teacher]
         return teacher if isinstance(teacher, str) else type(teacher).__name__
+
+    @field_serializer("terms")
+    def _plain_terms(self, terms: Any) -> Any:
+        return None if terms is None else [_plain(term) for term in terms]
+
+    @property
+    def summands(self) -> tuple[Term, ...]:
+        """The terms, whichever way they were given; those of weight 0 left out."""
+        given = self.terms or (TERMS["kl"](weight=self.alpha), TERMS["task"](weight=1 - self.alpha))
+        return tuple(term for term in given if term.weight)
+
+    @property
+    def teachers(self) -> list[Any]:
+        """As asked for; none if all the terms do without."""
+        if all(term.needs == "labels" for term in self.summands):
+            return []
+        return list(self.teacher) if isinstance(self.teacher, list | tuple) else [self.teacher]
 
     @property
     def wants_original(self) -> bool:
-        return isinstance(self.teacher, str) and self.teacher == "original"
+        return any(isinstance(one, str) and one == ORIGINAL for one in self.teachers)
+
+    @property
+    def wants_attentions(self) -> bool:
+        return any(term.needs == "attentions" for term in self.summands)
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
-        # The teacher lives in this frame, not in the model: no checkpoint, optimizer or train() can reach it.
-        teacher = self._teacher(model, task)
-        _check_kind(model)
-        columns = _fitting(model, teacher)
-        for parameter in teacher.parameters():
-            parameter.requires_grad_(False)
-        teacher.eval()
-
-        def distilled(student: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if student.training and torch.is_grad_enabled():
-                given = _by_name(student, args, kwargs)
-                # An encoder-decoder makes its decoder's inputs of the labels.
-                left_out = {"num_items_in_batch"} | (set() if student.config.is_encoder_decoder else {"labels"})
-                teacher.to(output.logits.device)
-                with torch.no_grad():
-                    soft = teacher(**{key: value for key, value in given.items() if key not in left_out}).logits
-                output.loss = self._loss(student, given, output, soft if columns is None else soft[..., columns])
-            return output
-
-        handle = model.register_forward_hook(distilled, with_kwargs=True)
-        try:
-            yield None
-        finally:
-            handle.remove()
-
-    def _teacher(self, model: nn.Module, task: Any) -> nn.Module:
-        if isinstance(self.teacher, nn.Module):
-            return self.teacher
-        if self.teacher == "original":
-            return task.original  # the drivers keep it, before any method has touched the model
-        if hasattr(task, "load_model"):
-            return task.load_model(self.teacher)
-        head = type(model).__name__.rpartition("For")[2] if "For" in type(model).__name__ else "CausalLM"
-        auto = getattr(transformers, f"AutoModelFor{head}", transformers.AutoModelForCausalLM)
-        try:
-            return auto.from_pretrained(self.teacher)
-        except (OSError, ValueError) as error:
-            raise CompressionError(
-                f"distill: teacher {self.teacher!r} can't be loaded: {error}; give 'original', a folder, a Hub id or a model."
-            ) from error
-
-    def _loss(self, student: Any, kwargs: dict[str, Any], output: Any, soft: Tensor) -> Tensor:
-        """The mixed loss, divided by the items of the whole accumulated batch where the Trainer counted them.
-
-        With `num_items_in_batch` the Trainer does not divide by the accumulation steps; without, it does.
-        """
-        labels, shift = kwargs.get("labels"), _predicts_next(student)
-        logits, chosen = items(output.logits, labels, kwargs.get("attention_mask"), shift)
-        teacher_logits = soft if soft.dim() == 2 else soft[chosen]
-        mean = 1 / max(1, len(logits))
-        total = kwargs.get("num_items_in_batch")
-        share = mean if total is None else 1 / total
-        loss = kl(logits, teacher_logits, self.temperature).sum() * share
-        if self.alpha == 1:
-            return loss
-        if labels is None:
-            raise CompressionError(
-                f"distill: the model was given no labels (a loss function of the Trainer's own takes them away), so alpha "
-                f"{self.alpha} can't mix in their loss; pass labels, or set alpha to 1 to learn from the teacher alone."
-            )
-        ahead = torch.cat([labels[:, 1:], labels[:, :1]], dim=1) if shift else labels
-        own = cross_entropy(logits, ahead[chosen].long()).sum()
-        return self.alpha * loss + (1 - self.alpha) * own * share
+        if self.wants_attentions:
+            _check_attentions(model, self.summands)
+        # Teachers live in this frame, not in the model: no checkpoint, optimizer or train() can reach them.
+        distilling = Distilling(self, model, task)
+        with distilling.hooked():
+            yield distilling.tick
 
 
-def _by_name(student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the student was called with, positional arguments by their names."""
-    if not args:
-        return kwargs
-    names = [name for name in inspect.signature(student.forward).parameters if name != "self"]
-    return dict(zip(names, args, strict=False)) | kwargs
+def _term(given: Any) -> Term:
+    """`kl`, `{kl: 0.7}` or `{kl: {weight: 0.7, temperature: 4}}`; a ValueError with a sentence for anything else."""
+    if isinstance(given, str):
+        given = {given: {}}
+    if not isinstance(given, dict) or len(given) != 1:
+        raise ValueError(f"a term is a name, name: weight or name: {{fields}}, not {given!r}")
+    ((name, fields),) = given.items()
+    if name not in TERMS:
+        raise ValueError(f"there is no term {name!r}.{did_you_mean(str(name), TERMS)}")
+    fields = {"weight": fields} if isinstance(fields, int | float) else fields
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name}: give its weight or a mapping of fields, not {fields!r}")
+    try:
+        return TERMS[name](**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"{name}: unknown key {key!r}.{did_you_mean(key, TERMS[name].model_fields)}") from error
+        raise ValueError(f"{name}.{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
-def _check_kind(model: Any) -> None:
-    """Soft targets are classes: one of several, for an example or a token."""
-    name, problem = type(model).__name__, getattr(model.config, "problem_type", None)
-    if "QuestionAnswering" in name:
+def _plain(term: Term) -> Any:
+    fields = term.model_dump(mode="json", exclude_defaults=True)
+    if not fields:
+        return term.key
+    return {term.key: fields["weight"] if set(fields) == {"weight"} else fields}
+
+
+def _check_attentions(model: Any, terms: tuple[Term, ...]) -> None:
+    used = getattr(model.config, "_attn_implementation", "eager")
+    if used != "eager":
+        key = next(term.key for term in terms if term.needs == "attentions")
         raise CompressionError(
-            f"distill: {name} points at a start and an end and has no classes; possible are classifiers and language models."
+            f"distill: {key} needs attention maps, and attn_implementation {used!r} returns none; load the model with "
+            f"attn_implementation='eager' or call model.set_attn_implementation('eager'), or take relations instead."
         )
-    if "ForSequenceClassification" in name and (
-        model.config.num_labels == 1 or problem in ("regression", "multi_label_classification")
-    ):
-        raise CompressionError(
-            f"distill: soft targets need one label of several, and this {name} has {problem or 'regression'}; "
-            f"train it without distill, or on labels of which one is right."
-        )
-
-
-def _predicts_next(model: Any) -> bool:
-    name = type(model).__name__
-    return name.endswith(("ForCausalLM", "LMHeadModel")) and not model.config.is_encoder_decoder
-
-
-def _fitting(model: Any, teacher: Any) -> Tensor | None:
-    """Columns that put the teacher's classes in the student's order, or None if they already are."""
-    if "ForSequenceClassification" in type(model).__name__ or "ForTokenClassification" in type(model).__name__:
-        mine, theirs = model.config.label2id, teacher.config.label2id
-        if set(mine) != set(theirs):
-            raise CompressionError(
-                f"distill: the teacher's labels {sorted(theirs)} are not the student's {sorted(mine)}; "
-                f"take a teacher that was trained on the same labels."
-            )
-        by_id = sorted(mine, key=mine.__getitem__)
-        columns = torch.tensor([theirs[label] for label in by_id])
-        return None if columns.tolist() == list(range(len(columns))) else columns
-    mine, theirs = model.config.vocab_size, teacher.config.vocab_size
-    if theirs < mine:
-        raise CompressionError(
-            f"distill: the teacher's vocabulary has {theirs} tokens and the student's {mine}; "
-            f"take a teacher with the same tokenizer."
-        )
-    return None if theirs == mine else torch.arange(mine)

@@ -7,13 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import body_linears
 from hfcompress.errors import CompressionError
-from hfcompress.layers import DTYPES, features, low_bit
+from hfcompress.layers import coded, codes_fit, features
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import check_no_adapter, matching, swap
+from hfcompress.surgery import check_no_adapter, codable, matching, swap
 
 log = logging.getLogger("hfcompress")
 
@@ -59,9 +57,7 @@ class Quantize(Method):
             swap(model, name, self.quantized(model.get_submodule(name)))
 
     def _targets(self, model: Any) -> list[str]:
-        # T5 casts its input to the dtype of `wo`, so what transformers keeps in float32 must not become codes.
-        dense = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-        possible = [name for name in body_linears(model) if not dense.intersection(name.split("."))]
+        possible = codable(model)
         if not possible:
             raise CompressionError("quantize: no dense linear layer is left in the model; it is quantised already.")
         chosen = possible if self.target_modules is None else matching(model, self.target_modules, possible, "quantize")
@@ -77,28 +73,11 @@ class Quantize(Method):
         return names
 
     def _fits(self, name: str, layer: nn.Module) -> bool:
-        """bitsandbytes 0.50 reads 4-bit rows wrongly on CPUs where a block of 64 spans two of them, and its AVX512-BF16 path
-        refuses rows that are not in thirty-twos."""
-        into, out = features(layer)
-        if self.bits == 8 or (into % 64 == 0 and out % 32 == 0):
-            return True
-        log.info("quantize: %s left alone: 4-bit kernels need (64n, 32m) features, it has (%d, %d)", name, into, out)
-        return False
+        if not codes_fit(layer, self.bits):
+            log.info("quantize: %s left alone: 4-bit kernels need (64n, 32m) features, it has %s", name, features(layer))
+            return False
+        return True
 
-    def quantized(self, layer: Any) -> nn.Module:
+    def quantized(self, layer: nn.Module) -> nn.Module:
         """The low-bit twin of a Linear or Conv1D, on the same device."""
-        import bitsandbytes as bnb
-
-        weight = layer.weight.detach()
-        weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-        sizes, device = features(layer), weight.device
-        if self.bits == 4:
-            kept: dict[str, Any] = {"quant_type": self.quant_type, "compress_statistics": self.use_double_quant}
-            compute = DTYPES[self.compute_dtype] if self.compute_dtype else None
-            new: Any = bnb.nn.Linear4bit(*sizes, layer.bias is not None, compute_dtype=compute, **kept)
-            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kept)
-        else:
-            new = bnb.nn.Linear8bitLt(*sizes, layer.bias is not None, has_fp16_weights=False, threshold=self.threshold)
-            new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        new.bias = layer.bias
-        return low_bit(new.to(device))
+        return coded(layer, self.bits, self.quant_type, self.use_double_quant, self.compute_dtype, self.threshold)
