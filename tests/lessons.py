@@ -154,7 +154,9 @@ def pupil(name: str, seed: int = 0, **config: Any) -> Any:
 
 
 def batch(name: str, count: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
-    return LESSONS[name][1](count, seed)
+    """`count` rows in one batch; "sequence-2" is other data of the same sort."""
+    first = name.removesuffix("-2")
+    return LESSONS[first][1](count, seed + (100 if first != name else 0))
 
 
 def padded(given: dict[str, torch.Tensor], more: int) -> dict[str, torch.Tensor]:
