@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hfcompress.anatomy import anatomy
 from hfcompress.errors import CompressionError
+from hfcompress.fused import ASKED, as_fused, unfused
 from hfcompress.lesson import Lesson, Related, problems
 from hfcompress.signals import Signals, fingerprint
 from hfcompress.teachers import Teacher, find, fitting, unwrapped
@@ -49,9 +50,10 @@ class Distilling:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        handles = [self._model.register_forward_hook(self._distilled, with_kwargs=True)]
-        if self._asked:
-            handles.append(self._model.register_forward_pre_hook(self._ask, with_kwargs=True))
+        handles = [
+            self._model.register_forward_pre_hook(self._ask, with_kwargs=True),
+            self._model.register_forward_hook(self._distilled, with_kwargs=True),
+        ]
         # accelerate's autocast is around forward, not around hooks: what it is can be seen from inside only.
         handles += [child.register_forward_pre_hook(self._notice) for child in self._core.children()]
         try:
@@ -66,7 +68,7 @@ class Distilling:
                 relations.remove()
 
     def _ask(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (args, {**kwargs, **self._asked}) if student.training and torch.is_grad_enabled() else None
+        return (args, unfused({**kwargs, **self._asked})) if student.training and torch.is_grad_enabled() else None
 
     def _notice(self, module: nn.Module, args: Any) -> None:
         kind = next(self._model.parameters()).device.type
@@ -94,10 +96,13 @@ class Distilling:
                 relations=[relations.seen() for relations in self._relations],
             )
             output.loss = self._loss(lesson, inputs.get("num_items_in_batch"))
+            if ASKED in inputs:
+                as_fused(output, found[0], output.loss * weights.sum().clamp_min(1))
         return output
 
     def _shown(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if not name.startswith("output_") and name != "return_dict"}
+        ours = {"return_dict", ASKED}
+        return {name: value for name, value in inputs.items() if not name.startswith("output_") and name not in ours}
 
     def _loss(self, lesson: Lesson, total: Any) -> Tensor:
         """The weighted terms, divided by the labels of the whole accumulated batch where the Trainer counted them: it does not

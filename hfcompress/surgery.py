@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in another's place, in the same train or eval mode."""
     new.train(model.get_submodule(name).training)
     model.set_submodule(name, new)
+
+
+def copied(model: nn.Module) -> Any:
+    """A frozen copy in eval mode. A forward that a library put on the object is left behind: it may call the original."""
+    copy = deepcopy(model)
+    if "forward" in vars(copy) and not hasattr(copy, "_hf_hook"):
+        del copy.forward
+    return copy.eval().requires_grad_(False)
 
 
 def keep_rows(layer: nn.Module, index: Tensor, name: str = "") -> None:

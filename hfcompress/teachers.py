@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfcompress.errors import CompressionError
 from hfcompress.layers import coded
-from hfcompress.surgery import codable, swap
+from hfcompress.surgery import codable, copied, swap
 
 ORIGINAL, CURRENT = "original", "current"
 
@@ -64,10 +63,10 @@ def find(asked: Any, model: Any, task: Any, bits: int | None) -> nn.Module:
         return asked
     found: Any
     if asked == CURRENT:
-        found = copy.deepcopy(model)
+        found = copied(model)
     elif asked == ORIGINAL:
         # the drivers keep it, before any method has touched the model
-        found = copy.deepcopy(task.original) if bits else task.original
+        found = copied(task.original) if bits else task.original
     else:
         found = _load(asked, model, task)
     if bits:

@@ -212,6 +212,11 @@ def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> Non
             raise CompressionError(
                 "adapters: checkpoints hold the adapter alone, and load_best_model_at_end looks for models; set it to False."
             )
+        if method.replaces_loss and getattr(arguments, "loss_type", "nll") != "nll":  # TRL's SFTConfig
+            raise CompressionError(
+                f"{method.key()}: loss_type {arguments.loss_type!r} would weigh this loss once more; "  # type: ignore[attr-defined]
+                f"set loss_type='nll'."
+            )
         if method.replaces_loss and arguments.label_smoothing_factor:
             raise CompressionError(
                 f"{method.key()}: label_smoothing_factor takes the labels away and would ignore this loss; set it to 0."

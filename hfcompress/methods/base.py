@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hfcompress.errors import CompressionError
+from hfcompress.surgery import copied
 
 NO_DATA = "scores: gradient needs calibration data; give a task or batches with labels, or choose scores: magnitude."
 Tick = Callable[[float], Mapping[str, Tensor] | None]
@@ -125,7 +125,7 @@ def with_original(model: nn.Module, methods: Iterable[Method], task: Any) -> Any
         if hasattr(task, "keep_original"):
             task.keep_original(model)
         else:
-            task.original = copy.deepcopy(model)
+            task.original = copied(model)
     return task
 
 
