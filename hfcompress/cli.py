@@ -51,6 +51,7 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in output_dir.")] = False,
+    control: Annotated[bool, typer.Option("--control", help="Also train without the teacher, and compare.")] = False,
 ) -> None:
     """Run a recipe, and leave a proven artifact."""
     _no_library_bars()
@@ -58,7 +59,7 @@ def run(
     from hfcompress.processes import processes
     from hfcompress.recipe import Recipe, find_recipe
 
-    chosen = Recipe.load(recipe, overrides or [])
+    chosen = Recipe.load(recipe, [*(overrides or []), *(["control=true"] if control else [])])
     out = Path(chosen.output_dir or Path("out") / find_recipe(recipe).stem)
     is_main = processes().is_main_process
     report = compress(chosen, out, overwrite=overwrite, tell=_tell if is_main else lambda line: None)
@@ -180,7 +181,7 @@ def compare(a: Folder, b: Folder, task: TaskOption = None) -> None:
     """Measure two models interleaved, and say where the difference is not significant."""
     _no_library_bars()
     from hfcompress.artifact import load
-    from hfcompress.report import compare as compare_models
+    from hfcompress.comparing import compare as compare_models
 
     chosen = _task_of(b, task, a)
     chosen.open(a)

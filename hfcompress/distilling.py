@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hfcompress.anatomy import anatomy
 from hfcompress.errors import CompressionError
 from hfcompress.fused import ASKED, as_fused, unfused
+from hfcompress.layers import quiet_casts
 from hfcompress.lesson import Lesson, Related, problems
 from hfcompress.signals import Signals, fingerprint
 from hfcompress.teachers import Teacher, find, fitting, unwrapped
@@ -50,6 +51,7 @@ class Distilling:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
+        self._take_over()
         handles = [
             self._model.register_forward_pre_hook(self._ask, with_kwargs=True),
             self._model.register_forward_hook(self._distilled, with_kwargs=True),
@@ -60,12 +62,20 @@ class Distilling:
             if any(term.needs == "relations" for term in self._method.summands):
                 wanted = [term for term in self._method.summands if isinstance(term, Layers) and term.needs == "relations"]
                 self._relations = [_Relations(self._core, teacher.model, wanted) for teacher in self._teachers]
-            yield
+            with quiet_casts():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
             for relations in self._relations:
                 relations.remove()
+
+    def _take_over(self) -> None:
+        """A training that was interrupted left its hooks on the model: nobody tells a callback that train() raised."""
+        for hooks in (self._model._forward_hooks, self._model._forward_pre_hooks):
+            for number, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Distilling):
+                    del hooks[number]
 
     def _ask(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (args, unfused({**kwargs, **self._asked})) if student.training and torch.is_grad_enabled() else None

@@ -5,7 +5,9 @@ Whoever only loads a compressed model needs this file, `structure` and `loading`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +117,21 @@ def low_bit(layer: Any) -> nn.Module:
     layer.source_cls = nn.Linear
     layer.support_avx512bf16_for_cpu = False
     return layer.requires_grad_(False)
+
+
+@contextmanager
+def quiet_casts() -> Iterator[None]:
+    """Without the line that bitsandbytes logs for every cast of every layer at every forward."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return "inputs will be cast" not in record.getMessage()
+
+    logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
 
 
 def codes_fit(layer: nn.Module, bits: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from hfcompress import artifact, hub
 from hfcompress.errors import CompressionError, explained
-from hfcompress.methods import Distill
+from hfcompress.metrics import gain
 from hfcompress.plots import plot
 from hfcompress.processes import processes
 from hfcompress.recipe import Recipe
@@ -48,9 +49,11 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
         tell(f"step {number} of {len(recipe.steps)}: {step}")
         started = time.monotonic()
         with explained(f"step {number} of {len(recipe.steps)}, {step.key()}"):
+            without = _control(step, model, task, tell) if recipe.control else None
+            started += without["seconds"] if without else 0
             step.run(model, task)
         model.eval()
-        _record(recipe, task, model, report, step.label, number, work, time.monotonic() - started)
+        _record(recipe, task, model, report, step.label, number, work, time.monotonic() - started, without)
     tell("saving, and proving it by a load in a fresh process")
     if state.is_main_process:
         _finish(recipe, task, model, report, work, out)
@@ -104,17 +107,46 @@ def _reference(recipe: Recipe, task: Task, work: Path) -> Any:
 
 def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
     """A copy of the original, if a step will ask for it as its teacher."""
-    riders = [rider for step in recipe.steps if isinstance(step, Train) for rider in step.riders]
-    if any(isinstance(rider, Distill) and rider.teacher == "original" for rider in riders):
+    if any(rider.wants_original for step in recipe.steps if isinstance(step, Train) for rider in step.riders):
         task.keep_original(model)
 
 
-def _record(recipe: Recipe, task: Task, model: Any, report: Report, step: str, number: int, work: Path, seconds: float) -> None:
+def _control(step: Any, model: Any, task: Task, tell: Tell) -> dict[str, Any] | None:
+    """What a copy of the model becomes when it is trained the same way without its teacher."""
+    plain = step.without_teacher if isinstance(step, Train) else None
+    if plain is None:
+        return None
+    tell(f"control: {plain}")
+    started, student = time.monotonic(), copy.deepcopy(model)
+    plain.run(student, task)
+    columns = task.predict(student.eval()) if processes().is_main_process else {}
+    return {"columns": columns, "seconds": time.monotonic() - started}
+
+
+def _record(
+    recipe: Recipe,
+    task: Task,
+    model: Any,
+    report: Report,
+    step: str,
+    number: int,
+    work: Path,
+    seconds: float,
+    without: dict[str, Any] | None = None,
+) -> None:
     """Measure a row and leave a snapshot to go on from."""
     state = processes()
     if state.is_main_process:
-        score = task.remember if number == recipe.reference else task.score
-        report.add(measure(model, task, step, seconds=seconds, score=score))
+        score: Any = task.remember if number == recipe.reference else task.score
+        control = None
+        if without is not None:
+            columns = task.predict(model)
+            better = gain(task.headline, columns, without["columns"])
+            control = {"score": task.scored(without["columns"]), "seconds": without["seconds"]}
+            control |= better._asdict() if better else {"better": None}
+            score = lambda _: task.scored(columns)  # noqa: E731 (one model is scored once)
+        beside = task.original if number > recipe.reference else None
+        report.add(measure(model, task, step, seconds=seconds, score=score, beside=beside, control=control))
         if number:
             artifact.save(model, None, work / f"step-{number}")
         report.save(work / "report.json")
@@ -147,9 +179,9 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, 
 
 def _same_start(one: Recipe, other: Recipe, steps: int) -> bool:
     """Whether both recipes do the same up to there: what comes after, and where the result goes, may have been changed."""
-    return all(getattr(one, part) == getattr(other, part) for part in ("model", "task", "seed", "reference")) and _plain_steps(
-        one, steps
-    ) == _plain_steps(other, steps)
+    parts = ("model", "task", "seed", "reference", "control")
+    same = all(getattr(one, part) == getattr(other, part) for part in parts)
+    return same and _plain_steps(one, steps) == _plain_steps(other, steps)
 
 
 def _plain_steps(recipe: Recipe, steps: int) -> Any:

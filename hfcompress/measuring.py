@@ -9,14 +9,13 @@ import copy
 import ctypes
 import gc
 import importlib.metadata
-import logging
 import math
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.layers import quiet_casts
 
 Latency = dict[str, dict[str, float]]
 """{"b1": {"min": x, "median": y}, "b8": {...}}, milliseconds."""
@@ -60,6 +60,11 @@ class Row:
     seconds: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    reference_ms: Latency | None = None
+    """The reference's times, taken in turns with these: what ratios are told by."""
+    control: dict[str, Any] | None = None
+    """The same step without its teacher: `score`, `seconds`, and `better` (by how much the teacher's student is) with its
+    95 % `interval` over `examples`, None where the metric is no mean over examples."""
 
 
 def measure(
@@ -68,22 +73,20 @@ def measure(
     step: str,
     seconds: float | None = None,
     score: Callable[[nn.Module], dict[str, float]] | None = None,
+    beside: nn.Module | None = None,
+    control: dict[str, Any] | None = None,
 ) -> Row:
     """Count, weigh, time and score a model, and leave it as it was.
 
     `task` has `score(model)`, `example(batch_size)`, `headline` and `higher_is_better`. `seconds`: what the step took.
-    `score` stands in for the task's own: `task.remember` scores and keeps the predictions.
+    `score` stands in for the task's own: `task.remember` scores and keeps the predictions. `beside`: the reference, timed in
+    turns with the model, so that whatever else the machine does falls on both alike. `control`: see `Row`.
     Raises CompressionError where the task doesn't score its own headline.
     """
     count = weigh(model)  # before any forward: a bitsandbytes layer may repack itself there
     notes = ("timed on 4-bit weights that bitsandbytes had already repacked",) if _repacked(model) else ()
     with undisturbed(model):
-        latency: Latency = {}
-        for size, repetitions in REPETITIONS.items():
-            once = timed_forward(model, task, size)
-            for _ in range(3):
-                once()
-            latency[f"b{size}"] = least_and_median(_repeat(once, repetitions, seconds=2.5))
+        latency, reference = _timed([model] if beside is None else [model, beside], task)
         # Timing came first, so that lazily mapped weights are resident before memory is watched.
         scores, growth = _watched(lambda: (score or task.score)(model), _device(model))
     if task.headline not in scores:
@@ -104,7 +107,26 @@ def measure(
         seconds=seconds,
         settings=settings_of(model, task),
         notes=notes,
+        reference_ms=reference,
+        control=control,
     )
+
+
+def _timed(models: list[nn.Module], task: Any) -> tuple[Latency, Latency | None]:
+    """The times of a model and, if there is a second, of that, forward by forward in turns."""
+    found: list[Latency] = [{} for _ in models]
+    with ExitStack() as stack:
+        for other in models[1:]:
+            stack.enter_context(undisturbed(other))
+        for size, repetitions in REPETITIONS.items():
+            forwards = [timed_forward(model, task, size) for model in models]
+            for _ in range(3):
+                for once in forwards:
+                    once()
+            turns = _repeat(lambda: [once() for once in forwards], repetitions, seconds=2.5 * len(models))  # noqa: B023
+            for times, told in zip(zip(*turns, strict=True), found, strict=True):
+                told[f"b{size}"] = least_and_median(list(times))
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def weigh(model: nn.Module) -> dict[str, int]:
@@ -199,17 +221,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             )
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-
-    def quiet(record: logging.LogRecord) -> bool:
-        return "inputs will be cast" not in record.getMessage()
-
-    logger.addFilter(quiet)
     model.eval()
     try:
-        yield
+        with quiet_casts():
+            yield
     finally:
-        logger.removeFilter(quiet)
         for layer, values, data in kept:
             layer.__dict__.update(values)
             if data is not None:
@@ -234,10 +250,10 @@ def timed_forward(model: nn.Module, task: Any, batch_size: int) -> Callable[[], 
     return once
 
 
-def _repeat(once: Callable[[], float], times: int, seconds: float) -> list[float]:
+def _repeat(once: Callable[[], Any], times: int, seconds: float) -> list[Any]:
     """Up to `times` results within about `seconds`, never fewer than 3."""
     end = time.perf_counter() + seconds
-    found: list[float] = []
+    found: list[Any] = []
     while len(found) < 3 or (len(found) < times and time.perf_counter() < end):
         found.append(once())
     return found

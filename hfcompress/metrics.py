@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import evaluate
@@ -97,6 +97,40 @@ def load_metrics(names: Iterable[str]) -> evaluate.CombinedEvaluations:
     A name that is not in `METRICS` is looked for at the Hub; `CompressionError` where that fails.
     """
     return evaluate.combine([METRICS[name]() if name in METRICS else _from_hub(name) for name in names])
+
+
+def gain(name: str, columns: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], draws: int = 2000) -> Gain | None:
+    """By how much one model's predictions score better than another's on the same examples; None for metrics that are no mean
+    over examples. The interval is a paired bootstrap over examples: it tells what other texts would have moved, not seeds.
+    """
+    if name not in ("accuracy", "perplexity"):
+        return None
+    ends = np.cumsum(columns["tokens"])[:-1]
+    sums = []
+    for one in (columns, other):
+        if name == "accuracy":
+            right = np.split(one["predictions"] == one["references"], ends)
+            sums.append(np.array([part.sum() for part in right], dtype=np.float64))
+        else:
+            sums.append(np.asarray(one["nll"] * one["tokens"], dtype=np.float64))
+    tokens = np.asarray(columns["tokens"], dtype=np.float64)
+
+    def apart(chosen: Any) -> float:
+        means = [part[chosen].sum() / tokens[chosen].sum() for part in sums]
+        return means[0] - means[1] if name == "accuracy" else math.exp(min(means[1], 700)) - math.exp(min(means[0], 700))
+
+    generator = np.random.default_rng(0)
+    found = [apart(generator.integers(0, len(tokens), len(tokens))) for _ in range(draws)]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Gain(apart(slice(None)), (float(low), float(high)), len(tokens))
+
+
+class Gain(NamedTuple):
+    """`better` by how much, positive whichever way the metric runs; `interval` 95 %; over how many `examples`."""
+
+    better: float
+    interval: tuple[float, float]
+    examples: int
 
 
 def higher_is_better(name: str) -> bool:

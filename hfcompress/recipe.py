@@ -36,6 +36,7 @@ class Recipe(Fields):
     seed: int = Field(42, ge=0, description="Of new heads, data order and dropout.")
     output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
     push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")
+    control: bool = Field(False, description="Also train without the teacher, so that the report tells whether it helped.")
     private: bool = Field(False, description="Whether a repository made by push_to is private.")
 
     @property
@@ -68,6 +69,8 @@ class Recipe(Fields):
                 _read_step(step, f"steps.{number}", STEPS, mistakes) for number, step in enumerate(raw["steps"])
             )
             mistakes += _order_mistakes(raw["steps"])
+            if raw.get("control") is True and not any(isinstance(s, Train) and s.without_teacher for s in raw["steps"]):
+                mistakes.append("control: no train step has a teacher to do without; add distill under with, or omit control.")
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
             mistakes += _label_mistakes(raw["task"], raw.get("steps"))
@@ -357,6 +360,7 @@ def schema() -> dict[str, Any]:
             "seed": {"type": "integer", "minimum": 0, "default": 42},
             "output_dir": {"type": ["string", "null"]},
             "push_to": {"type": ["string", "null"]},
+            "control": {"type": "boolean", "default": False, "description": Recipe.model_fields["control"].description},
             "private": {"type": "boolean", "default": False},
         },
         "required": ["model", "task", "steps"],

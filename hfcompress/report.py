@@ -6,33 +6,18 @@ Ratios are ratios (4.0 = four times), never percent; scores keep the unit of the
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.measuring import (
-    Row,
-    finite,
-    least_and_median,
-    machine,
-    measure,
-    settings_of,
-    timed_forward,
-    undisturbed,
-    weigh,
-)
+from hfcompress.measuring import Row, finite, machine, measure, weigh
 
-__all__ = ["Comparison", "Report", "Row", "compare", "machine", "measure", "weigh"]
+__all__ = ["Report", "Row", "machine", "measure", "weigh"]
 
 SLOWER = 1.05
 """A step made the model slower if its times are more than 5 % longer: less is what a shared machine moves by itself."""
@@ -157,25 +142,45 @@ class Report:
             flagged = slower(row, before) if before else []
             cells += [_time_cell(row, told, batch, batch in flagged) for batch in last.latency_ms]
             cells.append(_score_cell(row, told))
-            cells += [_number(row.score.get("agreement"), ".4f")] if agreement else []
+            cells += [as_number(row.score.get("agreement"), ".4f")] if agreement else []
             found.append(cells)
+            if row.control:
+                plain = replace(row, score=row.control["score"])
+                cells = ["… without teacher", *([""] * (len(names) - 2 - agreement)), _score_cell(plain, told)]
+                found.append(cells + ([as_number(plain.score.get("agreement"), ".4f")] if agreement else []))
         return names, found
 
     def legend(self) -> str:
         """How to read the cells, and the notes of the rows."""
         reference, _ = self._pair()
         told = [f"Ratios: times smaller or faster than “{reference.step}”; differences are to it too. Times: least (median)."]
-        return " ".join(told + [f"{row.step}: {note}." for row in self.rows for note in row.notes])
+        told += [f"{row.step}: {note}." for row in self.rows for note in row.notes]
+        return " ".join(told + [f"{row.step}: {_helped(row)}." for row in self.rows if row.control])
 
     def table(self) -> Table:
         names, rows = self.cells()
-        return _rich(names, rows, self.legend())
+        return rich_table(names, rows, self.legend())
 
     def markdown(self) -> str:
         """The same cells as a Markdown table, for a model card."""
         names, rows = self.cells()
         safe = [[cell.replace("|", "\\|") for cell in row] for row in [names, ["---", *["---:"] * (len(names) - 1)], *rows]]
         return "\n".join(f"| {' | '.join(row)} |" for row in safe) + f"\n\n{self.legend()}\n"
+
+
+def _helped(row: Row) -> str:
+    """Whether the teacher helped, as far as these examples can tell."""
+    told = row.control or {}
+    if told.get("better") is None:
+        return f"whether the teacher helped can't be told by {row.headline}"
+    low, high = told["interval"]
+    form = ".4f" if abs(told["better"]) < 10 else ".2f"
+    word = "better" if told["better"] >= 0 else "worse"
+    sure = "significant" if low > 0 or high < 0 else "no significant difference"
+    return (
+        f"with the teacher {row.headline} is {abs(told['better']):{form}} {word} than without "
+        f"(95 % {low:+{form}} to {high:+{form}} over {told['examples']} examples: {sure})"
+    )
 
 
 def slower(row: Row, before: Row) -> list[str]:
@@ -189,11 +194,9 @@ def slower(row: Row, before: Row) -> list[str]:
 
 
 def _faster(reference: Row, row: Row) -> dict[str, float]:
-    return {
-        batch: reference.latency_ms[batch]["min"] / times["min"]
-        for batch, times in row.latency_ms.items()
-        if batch in reference.latency_ms
-    }
+    """By the reference's times of the same minutes, where it was timed in turns with the row."""
+    then = row.reference_ms or reference.latency_ms
+    return {batch: then[batch]["min"] / times["min"] for batch, times in row.latency_ms.items() if batch in then}
 
 
 def _gain(reference: Row, row: Row) -> float | None:
@@ -202,15 +205,15 @@ def _gain(reference: Row, row: Row) -> float | None:
     return None if now is None or then is None else now - then
 
 
-def _number(value: float | None, form: str) -> str:
+def as_number(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
 
 
-def _times(ratio: float) -> str:
+def as_times(ratio: float) -> str:
     return f"{ratio:.{2 if ratio < 1.995 else 1 if ratio < 9.95 else 0}f}x"
 
 
-def _count(parameters: int) -> str:
+def as_count(parameters: int) -> str:
     """22.7M, 6.74B, 201K."""
     unit, letter = next(((u, s) for u, s in ((1e9, "B"), (1e6, "M")) if parameters >= u), (1e3, "K"))
     return f"{parameters / unit:.3g}{letter}"
@@ -219,7 +222,7 @@ def _count(parameters: int) -> str:
 def _parameters_cell(row: Row) -> str:
     zeros = 0 if row.nonzero is None or not row.parameters else 1 - row.nonzero / row.parameters
     # Padding rows and fresh biases are zero too: only sparsity that somebody made is told.
-    return _count(row.parameters) + (f" ({100 * zeros:.0f} % zeros)" if zeros > 0.02 else "")
+    return as_count(row.parameters) + (f" ({100 * zeros:.0f} % zeros)" if zeros > 0.02 else "")
 
 
 def _size_cell(row: Row, reference: Row | None) -> str:
@@ -227,7 +230,7 @@ def _size_cell(row: Row, reference: Row | None) -> str:
     ratio = reference.megabytes / row.megabytes if reference else 1.0
     if 0.995 < ratio < 1.005:
         return size
-    return f"{size} ({_times(ratio)})"
+    return f"{size} ({as_times(ratio)})"
 
 
 def _time_cell(row: Row, reference: Row | None, batch: str, flagged: bool) -> str:
@@ -236,7 +239,7 @@ def _time_cell(row: Row, reference: Row | None, batch: str, flagged: bool) -> st
     times = row.latency_ms[batch]
     cell = f"{times['min']:.1f} ({times['median']:.1f})"
     if reference and batch in reference.latency_ms:
-        cell += f" {_times(_faster(reference, row)[batch])}"
+        cell += f" {as_times(_faster(reference, row)[batch])}"
     return cell + (", slower" if flagged else "")
 
 
@@ -244,10 +247,10 @@ def _score_cell(row: Row, reference: Row | None) -> str:
     score = row.score.get(row.headline)
     form = ".2f" if score is not None and abs(score) >= 10 else ".4f"
     gain = _gain(reference, row) if reference else None
-    return _number(score, form) + ("" if gain is None else f" ({gain:+{form}})")
+    return as_number(score, form) + ("" if gain is None else f" ({gain:+{form}})")
 
 
-def _rich(names: list[str], rows: list[list[str]], caption: str) -> Table:
+def rich_table(names: list[str], rows: list[list[str]], caption: str) -> Table:
     """Cells as plain text: a step may hold brackets, which rich would take for markup."""
     table = Table(caption=Text(caption), caption_justify="left", box=None, padding=(0, 2, 0, 0))
     for number, name in enumerate(names):
@@ -262,112 +265,3 @@ def _rich(names: list[str], rows: list[list[str]], caption: str) -> Table:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models, timed in turns.
-
-    `latency_ms` holds per batch size `a` and `b` (least and median, milliseconds), `ratio` (how many times faster b is,
-    by least and median), `interval` (95 % for the median ratio of neighbouring runs) and `significant`.
-    """
-
-    names: tuple[str, str]
-    parameters: tuple[int, int]
-    megabytes: tuple[float, float]
-    score: tuple[dict[str, float | None], dict[str, float | None]]
-    latency_ms: dict[str, dict[str, Any]]
-    settings: tuple[dict[str, Any], dict[str, Any]]
-    machine: dict[str, Any]
-
-    def verdict(self, batch: str) -> str:
-        """What may be claimed: "B is 2.1x faster (1.9x to 2.2x)" or "no significant difference"."""
-        found = self.latency_ms[batch]
-        if not found["significant"]:
-            return "no significant difference"
-        ratio, (low, high), word = found["ratio"]["median"], found["interval"], "faster"
-        if ratio < 1:
-            ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, "slower"
-        return f"{self.names[1]} is {_times(ratio)} {word} ({_times(low)} to {_times(high)})"
-
-    def table(self) -> Table:
-        a, b = self.megabytes
-        rows = [
-            ["params", *map(_count, self.parameters), ""],
-            ["MB", f"{a:.2f}", f"{b:.2f}", f"{_times(a / b)} smaller" if b <= a else f"{_times(b / a)} larger"],
-        ]
-        for batch, found in self.latency_ms.items():
-            times = [f"{found[side]['min']:.2f} ({found[side]['median']:.2f})" for side in ("a", "b")]
-            rows.append([f"ms, batch {batch[1:]}", *times, self.verdict(batch)])
-        for name, then in self.score[0].items():
-            now = self.score[1].get(name)
-            gain = "" if now is None or then is None else f"{now - then:+.4f}"
-            rows.append([name, _number(then, ".4f"), _number(now, ".4f"), gain])
-        return _rich(["", *self.names, "difference"], rows, "Times are least (median), the models taking turns.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return finite(asdict(self))
-
-
-def compare(
-    model_a: nn.Module,
-    model_b: nn.Module,
-    task: Any,
-    batch_sizes: tuple[int, ...] = (1, 8),
-    pairs: int = 15,
-    names: tuple[str, str] = ("A", "B"),
-) -> Comparison:
-    """Score two models and time them in turns, so that whatever else the machine does falls on both alike."""
-    models = (model_a, model_b)
-    counts = [weigh(model) for model in models]
-    latency = {}
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(undisturbed(model))
-        for size in batch_sizes:
-            latency[f"b{size}"] = _in_turns([timed_forward(model, task, size) for model in models], pairs)
-        with torch.no_grad():
-            # with nothing but agreement to score, the second is judged by the first
-            first = task.remember if task.headline == "agreement" else task.score
-            scores = [
-                {name: finite(float(value)) for name, value in score(m).items()}
-                for score, m in zip((first, task.score), models, strict=True)
-            ]
-    return Comparison(
-        names=names,
-        parameters=(counts[0]["parameters"], counts[1]["parameters"]),
-        megabytes=(counts[0]["bytes"] / 1e6, counts[1]["bytes"] / 1e6),
-        score=(scores[0], scores[1]),
-        latency_ms=latency,
-        settings=(settings_of(model_a, task), settings_of(model_b, task)),
-        machine=machine(),
-    )
-
-
-def _in_turns(forwards: list[Callable[[], float]], pairs: int) -> dict[str, Any]:
-    """Time two forwards A B, B A, A B, ...: whichever goes second finds other caches, so they change places."""
-    slowest = max(min(once() for _ in range(3)) for once in forwards)
-    # A sample of a small model is the least of several runs: a single short one is mostly the machine's other work.
-    runs = max(3 if slowest < 100 else 1, min(20, math.ceil(20 / slowest)))
-    times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[side].append(min(forwards[side]() for _ in range(runs)))
-    a, b = least_and_median(times[0]), least_and_median(times[1])
-    low, high = interval([x / y for x, y in zip(*times, strict=True)])
-    ratio = {kind: a[kind] / b[kind] for kind in ("min", "median")}
-    return {"a": a, "b": b, "ratio": ratio, "interval": [low, high], "significant": significant(ratio, low, high)}
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median of ratios; the same for the same ratios."""
-    values = torch.tensor(ratios, dtype=torch.float64)
-    draws = torch.randint(len(ratios), (2000, len(ratios)), generator=torch.Generator().manual_seed(0))
-    medians = values[draws].quantile(0.5, dim=1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def significant(ratio: dict[str, float], low: float, high: float) -> bool:
-    """Whether the interval lies over 2 % off 1, as neighbouring runs of one model never do, and the leasts agree."""
-    return (low > 1.02 and ratio["min"] > 1.02) or (high < 1 / 1.02 and ratio["min"] < 1 / 1.02)

@@ -73,6 +73,12 @@ class Train(Step):
     def label(self) -> str:
         return " + ".join([self.key(), *(rider.key() for rider in self.riders)])
 
+    @property
+    def without_teacher(self) -> Train | None:
+        """The same training without distillation, to compare with; None if there is no teacher in it."""
+        rest = tuple(rider for rider in self.riders if not (isinstance(rider, Distill) and rider.teachers))
+        return None if len(rest) == len(self.riders) else self.model_copy(update={"riders": rest})
+
     def run(self, model: nn.Module, task: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
             arguments = self.arguments(folder)
@@ -221,6 +227,11 @@ def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> Non
         if method.key() == "adapters" and arguments.load_best_model_at_end:
             raise CompressionError(
                 "adapters: checkpoints hold the adapter alone, and load_best_model_at_end looks for models; set it to False."
+            )
+        if method.replaces_loss and arguments.n_gpu > 1:
+            raise CompressionError(
+                f"{method.key()}: one process with {arguments.n_gpu} GPUs (DataParallel) has one teacher for all; start "
+                f"a process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
             )
         if method.replaces_loss and getattr(arguments, "loss_type", "nll") != "nll":  # TRL's SFTConfig
             raise CompressionError(

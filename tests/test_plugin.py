@@ -302,6 +302,51 @@ def test_mistakes_have_their_sentence(tmp_path: Path) -> None:
     )
 
 
+def test_a_student_wrapped_by_peft_distils(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    student = pupil("causal-lm")
+    base = {name: value.clone() for name, value in student.state_dict().items()}
+    wrapped = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    work = arguments(tmp_path, 4, max_steps=4, learning_rate=0.5, logging_steps=1, save_strategy="steps", save_steps=4)
+    trainer = attach(Trainer(model=wrapped, args=work, train_dataset=Rows("causal-lm")), Distill(pupil("causal-lm", seed=1)))
+    trainer.train()
+    kl = [logs["distill/kl"] for logs in trainer.state.log_history if "loss" in logs]
+    assert kl[2] < kl[0], "the same rows come again at the third step"
+    merged = wrapped.unload().state_dict()
+    assert all(torch.equal(base[name], merged[name]) for name in base), "nothing but the adapter learnt"
+    with safe_open(tmp_path / "checkpoint-4" / "adapter_model.safetensors", "pt") as file:
+        assert {key.split(".")[-2] for key in file.keys()} == {"lora_A", "lora_B"}  # noqa: SIM118 (not a dict)
+
+
+def test_an_interrupted_training_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    student, teacher, asked = pupil("sequence"), pupil("sequence", seed=1), []
+    teacher.register_forward_hook(lambda *_: asked.append(1))
+    given = {"args": arguments(tmp_path, 4, max_steps=2), "train_dataset": Rows("sequence")}
+    with pytest.raises(KeyboardInterrupt):
+        attach(Trainer(model=student, callbacks=[Interrupt()], **given), Distill(teacher)).train()
+    asked.clear()
+    attach(Trainer(model=student, **given), Distill(pupil("sequence", seed=2))).train()
+    assert not asked and not student._forward_hooks
+    with pytest.raises(CompressionError, match="distill: it is listed twice, and a model has one loss"):
+        CompressionCallback(Distill(teacher), Distill(teacher))
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    work = arguments(tmp_path)
+    work._n_gpu = 2
+    with pytest.raises(CompressionError) as error:
+        CompressionCallback(Distill(pupil("sequence"))).on_init_end(work, None, None, model=pupil("sequence"))  # type: ignore[arg-type]
+    assert str(error.value) == (
+        "distill: one process with 2 GPUs (DataParallel) has one teacher for all; start a process a GPU with "
+        "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

@@ -21,6 +21,7 @@ from hfcompress.cli import app
 from hfcompress.loop import compress
 from hfcompress.methods import METHODS
 from hfcompress.recipe import shipped_recipes
+from hfcompress.terms import TERMS
 from tests.test_laws import FewBatches
 from tests.test_train import Rows, arguments, still
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_texts
@@ -58,10 +59,19 @@ def test_a_python_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_recipe_runs(tmp_path: Path) -> None:
     tiny_texts(tmp_path / "texts")
     tiny_checkpoint(tmp_path / "model", "distilbert")
-    (raw,) = (yaml.safe_load(block) for block in blocks("yaml"))
+    raw = yaml.safe_load(blocks("yaml")[0])
     assert Recipe.from_dict(raw).task.dataset == "glue/sst2"
     raw |= {"model": str(tmp_path / "model"), "task": {**raw["task"], "dataset": str(tmp_path / "texts")}}
     assert len(compress(Recipe.from_dict(raw), tmp_path / "out").rows) == len(raw["steps"]) + 1
+
+
+def test_the_distillation_shown_is_read_as_it_is_meant() -> None:
+    step = yaml.safe_load(blocks("yaml")[1])
+    raw = {"model": "me/bert", "task": {"name": "text-classification", "dataset": "glue/sst2"}, "steps": [step]}
+    (rider,) = Recipe.from_dict(raw).steps[0].riders  # type: ignore[attr-defined]
+    assert [(term.key, term.weight) for term in rider.terms] == [("kl", 5.0), ("task", 2.0), ("hidden_cosine", 1.0)]
+    named = set(re.findall(r"\b[a-z_]+\b", blocks("yaml")[1]))
+    assert set(TERMS) <= named, "every term is shown"
 
 
 def test_the_commands_exist() -> None:
@@ -75,7 +85,7 @@ def test_the_commands_exist() -> None:
             continue
         assert program == "hfcompress"
         if words[0] == "run":
-            Recipe.load(words[1], words[2:])
+            Recipe.load(words[1], [word for word in words[2:] if not word.startswith("--")])
         else:
             assert CliRunner().invoke(app, [words[0], "--help"]).exit_code == 0, command
 

@@ -7,9 +7,11 @@ import copy
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,9 +19,11 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hfcompress import measuring
+from hfcompress.comparing import _in_turns, compare, interval, significant
 from hfcompress.errors import CompressionError
+from hfcompress.metrics import gain
 from hfcompress.plots import plot
-from hfcompress.report import Report, Row, _in_turns, compare, interval, machine, measure, significant, slower, weigh
+from hfcompress.report import Report, Row, machine, measure, slower, weigh
 
 VOCABULARY, HIDDEN, INNER, LAYERS, LABELS = 2000, 64, 128, 2, 3
 BERT = (
@@ -474,3 +478,58 @@ def test_plot_without_matplotlib_or_rows_is_one_sentence(monkeypatch: pytest.Mon
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(CompressionError, match=r"hfcompress\[plots\]"):
         plot(story(), tmp_path / "report.png")
+
+
+def test_a_gain_is_told_with_its_interval() -> None:
+    """Of 200 texts one model has 20 right that the other has wrong, and 4 the other way round."""
+    references, right, other = np.zeros(200, int), np.zeros(200, int), np.zeros(200, int)
+    right[:4], other[10:30] = 1, 1
+    columns = [{"predictions": p, "references": references, "tokens": np.ones(200, int)} for p in (right, other)]
+    found = gain("accuracy", *columns)
+    assert found is not None and found.better == pytest.approx(0.08) and found.examples == 200
+    assert 0.03 < found.interval[0] < 0.06 < 0.1 < found.interval[1] < 0.14
+    same = gain("accuracy", columns[0], columns[0])
+    assert same is not None and same.better == 0 == same.interval[0] == same.interval[1]
+    assert gain("f1", *columns) is None
+    losses = [{"nll": np.array([1.0, 2.0, 3.0]) - shift, "tokens": np.array([5, 1, 4])} for shift in (0.1, 0.0)]
+    lower = gain("perplexity", *losses)
+    assert lower is not None and lower.better == pytest.approx(math.exp(1.9) - math.exp(1.8))
+    assert lower.interval[0] > 0
+
+
+def test_a_control_stands_below_its_row() -> None:
+    told = {"score": {"accuracy": 0.9}, "seconds": 1.0, "better": 0.05, "interval": (-0.01, 0.11), "examples": 100}
+    times = {"b1": {"min": 1.0, "median": 1.0}}
+    first = Row("as it came", 10, 1.0, times, {"accuracy": 0.97}, "accuracy")
+    row = Row("train + distill", 10, 1.0, times, {"accuracy": 0.95}, "accuracy", control=told)
+    report = Report(first, row)
+    names, cells = report.cells()
+    assert cells[2] == ["… without teacher", "", "", "", "0.9000 (-0.0700)"] and len(names) == 5
+    assert report.legend().endswith(
+        "train + distill: with the teacher accuracy is 0.0500 better than without "
+        "(95 % -0.0100 to +0.1100 over 100 examples: no significant difference)."
+    )
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))).cells() == (names, cells)
+
+
+def test_ratios_are_told_by_times_taken_in_turns() -> None:
+    """The machine was twice as slow when the second row was measured; the reference was timed again beside it."""
+    times = [{"b1": {"min": ms, "median": ms}} for ms in (10.0, 10.0, 20.0)]
+    first = Row("as it came", 10, 1.0, times[0], {"accuracy": 1.0}, "accuracy")
+    report = Report(first, Row("cut", 10, 1.0, times[1], {"accuracy": 1.0}, "accuracy", reference_ms=times[2]))
+    assert report.faster == {"b1": 2.0}
+    slow, fast = Waiting(0.004), Waiting(0.001)
+    row = measure(fast, Inputs(), "x", score=lambda _: {"accuracy": 1.0}, beside=slow)
+    assert row.reference_ms is not None
+    assert all(2 < row.reference_ms[batch]["min"] / row.latency_ms[batch]["min"] < 6 for batch in ("b1", "b8"))
+
+
+class Waiting(torch.nn.Linear):
+    """A model that takes so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(2, 2)
+        self.seconds = seconds
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        time.sleep(self.seconds)

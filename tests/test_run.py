@@ -391,3 +391,16 @@ def test_show_eval_compare(done: Path, place: Path) -> None:
     assert "no significant difference" in compared.stdout, compared.stderr
     assert "say it: --task" in cli("eval", str(place / "bert")).stderr
     assert "no config.json" in cli("show", str(place / "texts")).stderr
+
+
+def test_a_control_is_trained_beside_and_changes_nothing(done: Path, place: Path) -> None:
+    """The student that learnt without a teacher is in the report; the one that learnt with it is the same as ever."""
+    report = compress(recipe(place, control=True), place / "controlled")
+    control = report.rows[3].control
+    assert control is not None and [row.control for row in report.rows if row is not report.rows[3]] == [None] * 4
+    assert control["examples"] == 24 and 0.3 < control["score"]["accuracy"] <= 1
+    assert control["better"] == pytest.approx(report.rows[3].score["accuracy"] - control["score"]["accuracy"])
+    assert (place / "controlled" / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()
+    assert "with the teacher accuracy is" in (place / "controlled" / "README.md").read_text()
+    with pytest.raises(CompressionError, match=r"control: no train step has a teacher to do without; add distill under with"):
+        recipe(place, control=True, steps=[{"train": TRAIN}, "cast"])

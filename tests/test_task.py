@@ -281,7 +281,7 @@ def test_scores_equal_those_of_a_plain_loop(texts, bare):
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         guesses.append(int(logits.argmax()))
         nll.append(-float(logits.log_softmax(-1)[row["labels"]]))
-    assert list(task._predict(model)["predictions"]) == guesses  # in the order of the data, not of the lengths
+    assert list(task.predict(model)["predictions"]) == guesses  # in the order of the data, not of the lengths
     scores = task.score(model)
     assert scores["accuracy"] == sum(a == b for a, b in zip(guesses, truth, strict=True)) / len(truth)
     assert scores["f1"] == pytest.approx(f1_score(truth, guesses, average="macro"))

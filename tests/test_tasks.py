@@ -22,8 +22,8 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 import hfcompress.checkpoints
 from hfcompress import CompressionError, Recipe, compress
 from hfcompress.artifact import load
+from hfcompress.comparing import compare
 from hfcompress.methods.base import Batches
-from hfcompress.report import compare
 from hfcompress.tasks import TASKS, ImageClassification, MaskedLM, Seq2SeqLM, TokenClassification
 from tests.tiny import (
     TOPICS,

@@ -213,15 +213,16 @@ class Task(Fields):
 
     def score(self, model: nn.Module) -> dict[str, float]:
         """The metrics on the eval data and, once a model is remembered, the `agreement` with it."""
-        return self._scored(self._predict(model))
+        return self.scored(self.predict(model))
 
     def remember(self, model: nn.Module) -> dict[str, float]:
         """Score this model as the original: what others are compared with in `agreement`. Returns its scores."""
-        columns = self._predict(model)
+        columns = self.predict(model)
         self._reference = columns["predictions"]
-        return self._scored(columns)
+        return self.scored(columns)
 
-    def _scored(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+    def scored(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        """The metrics of what `predict` gave."""
         names = [*self.metrics]
         if self._reference is not None and "agreement" not in names:
             names.append("agreement")
@@ -236,7 +237,7 @@ class Task(Fields):
         combined.add_batch(**columns, originals=self._reference)
         return combined.compute()
 
-    def _predict(self, model: nn.Module) -> dict[str, np.ndarray]:
+    def predict(self, model: nn.Module) -> dict[str, np.ndarray]:
         """In the order of the eval data: `predictions`, `references` a decision; `nll`, `tokens` an example."""
         data, device = self.eval_dataset, next(model.parameters()).device
         order = self._longest_first(data)
