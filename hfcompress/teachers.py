@@ -124,7 +124,7 @@ def fitting(model: Any, teacher: Any, asked: Any, processor: Any) -> Tensor | No
 
 
 def _labels(model: Any, teacher: Any) -> Tensor | None:
-    mine, theirs = model.config.label2id, teacher.config.label2id
+    mine, theirs = _names(model.config), _names(teacher.config)
     if set(mine) != set(theirs):
         raise CompressionError(
             f"distill: the teacher's labels {sorted(theirs)} are not the student's {sorted(mine)}; "
@@ -132,6 +132,11 @@ def _labels(model: Any, teacher: Any) -> Tensor | None:
         )
     columns = torch.tensor([theirs[label] for label in sorted(mine, key=mine.__getitem__)])
     return None if columns.tolist() == list(range(len(columns))) else columns
+
+
+def _names(config: Any) -> dict[str, int]:
+    # A few configs (PVT's) leave unset what the others fill in.
+    return config.label2id or {f"LABEL_{number}": number for number in range(config.num_labels)}
 
 
 def _check_tokenizer(asked: Any, processor: Any) -> None:
