@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfcompress.errors import CompressionError
@@ -60,19 +61,31 @@ def find(asked: Any, model: Any, task: Any, bits: int | None) -> nn.Module:
             raise CompressionError(
                 "distill: teacher_bits would change your own teacher object; quantise it yourself, or name it by its path."
             )
-        return asked
+        return _filled(asked)
     found: Any
     if asked == CURRENT:
+        if isinstance(model, FSDPModule):
+            raise CompressionError("distill: FSDP holds the student in pieces, and 'current' would copy them; give 'original'.")
         found = copied(model)
     elif asked == ORIGINAL:
         # the drivers keep it, before any method has touched the model
         found = copied(task.original) if bits else task.original
     else:
         found = _load(asked, model, task)
+    _filled(found)
     if bits:
         for name in codable(found, bits):
             swap(found, name, coded(found.get_submodule(name), bits))
     return found
+
+
+def _filled(teacher: nn.Module) -> nn.Module:
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise CompressionError(
+            "distill: only the first process holds the teacher's weights; set fsdp_cpu_ram_efficient_loading to false "
+            "(accelerate's config) or cpu_ram_efficient_loading (fsdp_config)."
+        )
+    return teacher
 
 
 def _load(path: str, model: Any, task: Any) -> nn.Module:
