@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -67,16 +69,25 @@ def load_config(path: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(where, **more)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; it pads with the end-of-text token if it has no pad token."""
     where, more = locate(path)
     with _explained(path, "tokenizer"), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(where, **more)
+        tokenizer = AutoTokenizer.from_pretrained(where, **more, **kwargs)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise CompressionError(f"model {str(path)!r}: its tokenizer has neither a pad nor an eos token; give it one.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_image_processor(path: str) -> Any:
+    """The image processor of a checkpoint; it works with Pillow where torchvision is not installed."""
+    where, more = locate(path)
+    if not find_spec("PIL"):
+        raise CompressionError("task: images can't be read for want of Pillow; get it with: pip install 'hfcompress[vision]'")
+    with _explained(path, "image processor"), quiet_transformers():
+        return AutoImageProcessor.from_pretrained(where, **more)
 
 
 def load_pretrained(
@@ -128,9 +139,9 @@ def positions(config: PreTrainedConfig) -> int:
     return most - (config.pad_token_id or 0) - 1 if "roberta" in config.model_type else most
 
 
-def has_head(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint was saved with a classification head."""
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
+def has_head(config: PreTrainedConfig, kind: str = "SequenceClassification") -> bool:
+    """Whether the checkpoint was saved with a head of this kind."""
+    return any(f"For{kind}" in name for name in config.architectures or ())
 
 
 def fit_labels(names: tuple[str, ...], config: PreTrainedConfig) -> tuple[list[int], tuple[str, ...]] | None:

@@ -1,10 +1,10 @@
-"""Where texts come from: the Hub, files, folders, installed packages. Splits, columns, labels, duplicates."""
+"""Where texts and images come from: the Hub, files, folders, installed packages. Splits, columns, labels, duplicates."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from hfcompress.errors import CompressionError, did_you_mean
 
 PACKAGE = "package://"
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 SHORT = {
     "glue": "nyu-mll/glue",
@@ -50,7 +51,10 @@ TEXTS = (
     "question1",
     "sentence1",
 )
-LABELS = ("label", "labels", "target", "category", "class")
+LABELS = ("label", "labels", "target", "category", "class", "fine_label")
+WORDS = ("tokens", "words", "text", "sentence")
+TAGS = ("ner_tags", "tags", "labels", "label", "ner", "pos_tags", "upos", "chunk_tags")
+PICTURES = ("image", "img", "picture", "photo")
 
 
 def resolve_address(text: str) -> str:
@@ -83,12 +87,15 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def read_splits(dataset: str, subset: str | None = None) -> tuple[DatasetDict, bool]:
-    """All splits of an address, and whether it is local. Raises `CompressionError` where there is nothing to read."""
+def read_splits(dataset: str, subset: str | None = None, unit: str = "text") -> tuple[DatasetDict, bool]:
+    """All splits of an address, and whether it is local. Raises `CompressionError` where there is nothing to read.
+
+    `unit`: what class folders hold, "text" (.txt files) or "image" (image files, opened when a row is asked for).
+    """
     path = Path(resolve_address(dataset)).expanduser()
     with quiet_datasets():
         if path.is_dir():
-            return _read_folder(path, dataset), True
+            return _read_folder(path, dataset, unit), True
         if path.is_file():
             return DatasetDict(train=_read_files([path], dataset)), True
         looks_local = dataset.startswith((".", "/", "~")) or path.suffix in READERS or dataset.count("/") > 2
@@ -140,18 +147,21 @@ def _read_files(files: list[Path], dataset: str) -> Dataset:
             ) from error
 
 
-def _read_folder(folder: Path, dataset: str) -> DatasetDict:
+def _read_folder(folder: Path, dataset: str, unit: str) -> DatasetDict:
+    kinds = IMAGES if unit == "image" else (".txt",)
     parts = {SPLITS[child.name.lower()]: child for child in _folders(folder) if child.name.lower() in SPLITS}
-    if parts and all(_has_classes(part) for part in parts.values()):
+    if parts and all(_has_classes(part, kinds) for part in parts.values()):
         names = sorted({child.name for part in parts.values() for child in _folders(part)})
-        return DatasetDict({split: _read_classes(part, names) for split, part in parts.items()})
-    if _has_classes(folder):
-        return DatasetDict(train=_read_classes(folder, sorted(child.name for child in _folders(folder))))
+        return DatasetDict({split: _read_classes(part, names, kinds) for split, part in parts.items()})
+    if _has_classes(folder, kinds):
+        return DatasetDict(train=_read_classes(folder, sorted(child.name for child in _folders(folder)), kinds))
+    if unit == "image" and (images := sorted(map(str, _files(folder, kinds)))):
+        return DatasetDict(train=Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image())))
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS)
     if not files:
         raise CompressionError(
-            f"dataset {dataset!r}: the folder has neither class folders with .txt files nor files of a known kind"
-            f" ({', '.join(READERS)}); check the path."
+            f"dataset {dataset!r}: the folder has neither class folders with {unit if unit == 'image' else '.txt'} files"
+            f" nor files of a known kind ({', '.join(READERS)}); check the path."
         )
     if len(suffixes := {file.suffix.lower() for file in files}) > 1:
         raise CompressionError(
@@ -168,31 +178,44 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and child.name[0] not in "._")
 
 
-def _has_classes(folder: Path) -> bool:
-    return any(next(child.glob("*.txt"), None) for child in _folders(folder))
+def _files(folder: Path, kinds: tuple[str, ...]) -> Iterator[Path]:
+    return (file for file in folder.iterdir() if file.suffix.lower() in kinds and file.name[0] != ".")
 
 
-def _read_classes(folder: Path, names: list[str]) -> Dataset:
-    """One row a file; the label is its folder's name."""
-    rows: dict[str, list] = {"text": [], "label": []}
+def _has_classes(folder: Path, kinds: tuple[str, ...]) -> bool:
+    return any(next(_files(child, kinds), None) for child in _folders(folder))
+
+
+def _read_classes(folder: Path, names: list[str], kinds: tuple[str, ...]) -> Dataset:
+    """One row a file; the label is its folder's name. Texts are read, of images only the path is kept."""
+    what = "image" if kinds == IMAGES else "text"
+    rows: dict[str, list] = {what: [], "label": []}
     for child in _folders(folder):
-        for file in sorted(child.glob("*.txt")):
-            rows["text"].append(file.read_text(encoding="utf-8", errors="replace").strip())
+        for file in sorted(_files(child, kinds)):
+            rows[what].append(str(file) if what == "image" else file.read_text(encoding="utf-8", errors="replace").strip())
             rows["label"].append(names.index(child.name))
-    features = datasets.Features({"text": datasets.Value("string"), "label": ClassLabel(names=names)})
-    return Dataset.from_dict(rows, features=features)
+    kind = datasets.Image() if what == "image" else datasets.Value("string")
+    return Dataset.from_dict(rows, features=datasets.Features({what: kind, "label": ClassLabel(names=names)}))
 
 
-def find_column(kind: str, asked: str | None, guesses: Iterable[str], columns: Iterable[str], dataset: str) -> str:
-    """The column asked for, else the first guess there is; `kind` is the field that names it, such as `text_column`."""
-    columns = list(columns)
-    if asked is not None and asked not in columns:
-        raise CompressionError(f"{kind}: dataset {dataset!r} has no column {asked!r}.{did_you_mean(asked, columns)}")
-    found = asked or next((guess for guess in guesses if guess in columns), None)
+def find_column(
+    kind: str, asked: str | None, guesses: Iterable[str], columns: Iterable[str], dataset: str, taken: Iterable[str] = ()
+) -> str:
+    """The column asked for, else the first guess there is; `kind` is the field that names it, such as `text_column`.
+
+    `taken`: columns that are something else already.
+    """
+    columns, taken = list(columns), set(taken)
+    free = [column for column in columns if column not in taken]
+    if asked is not None and asked not in free:
+        if asked in taken:
+            raise CompressionError(f"{kind}: column {asked!r} of dataset {dataset!r} is in use already; name another one.")
+        raise CompressionError(f"{kind}: dataset {dataset!r} has no column {asked!r}.{did_you_mean(asked, free)}")
+    found = asked or next((guess for guess in guesses if guess in free), None)
     if found is None:
         raise CompressionError(
             f"dataset {dataset!r}: none of its columns ({', '.join(columns)}) is called"
-            f" {', '.join(guesses)}; name the right one with {kind}."
+            f" {', '.join(guess for guess in guesses if guess not in taken)}; name the right one with {kind}."
         )
     return found
 
@@ -208,13 +231,13 @@ def find_texts(text: str | None, pair: str | None, columns: Iterable[str], datas
     return [first, find_column("text_pair_column", pair, (), columns, dataset)] if pair else [first]
 
 
-def drop_duplicates(splits: Mapping[str, Dataset], columns: list[str]) -> dict[str, Dataset]:
-    """Each text once, over all splits together; the first split and the first row win."""
-    seen: set[tuple[str, ...]] = set()
+def drop_duplicates(splits: Mapping[str, Dataset], keys: Callable[[Dataset], Iterable[Hashable]]) -> dict[str, Dataset]:
+    """Each row once, over all splits together, as its key tells; the first split and the first row win."""
+    seen: set[Hashable] = set()
     kept: dict[str, Dataset] = {}
     for split, rows in splits.items():
         wanted = []
-        for index, key in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
+        for index, key in enumerate(keys(rows)):
             if key not in seen:
                 seen.add(key)
                 wanted.append(index)
@@ -222,32 +245,35 @@ def drop_duplicates(splits: Mapping[str, Dataset], columns: list[str]) -> dict[s
     return kept
 
 
-def name_labels(splits: Mapping[str, Dataset], dataset: str) -> dict[str, Dataset]:
-    """Make the column `label` (names, whole numbers or ClassLabel) a ClassLabel with the same names in all splits.
+def label_names(kind: object, values: list, dataset: str) -> list[str]:
+    """The names of labels of this feature and with these values: names (sorted), whole numbers or a ClassLabel's.
 
-    Names are sorted; numbers become LABEL_0, LABEL_1, ...
+    Numbers become LABEL_0, LABEL_1, ...
     """
+    if isinstance(kind, ClassLabel):
+        return list(kind.names)
+    if all(isinstance(value, str) for value in values):
+        return sorted(set(values))
+    if all(isinstance(value, int) and value >= 0 for value in values):
+        return [f"LABEL_{index}" for index in range(1 + max(values))]
+    raise CompressionError(
+        f"dataset {dataset!r}: labels must be names or whole numbers, not like {values[0]!r};"
+        " name the right column with label_column."
+    )
+
+
+def name_labels(splits: Mapping[str, Dataset], dataset: str) -> dict[str, Dataset]:
+    """Make the column `label` a ClassLabel with the same names in all splits; see `label_names`."""
     kind = next(iter(splits.values())).features["label"]
     values = [value for rows in splits.values() for value in rows["label"][:]]
-    if isinstance(kind, ClassLabel):
-        names = list(kind.names)
-    elif all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-    elif all(isinstance(value, int) and value >= 0 for value in values):
-        names = [f"LABEL_{index}" for index in range(1 + max(values))]
-    else:
-        raise CompressionError(
-            f"dataset {dataset!r}: labels must be names or whole numbers, not like {values[0]!r};"
-            " name the right column with label_column."
-        )
-    number = {name: index for index, name in enumerate(names)}
-    named = {}
-    for split, rows in splits.items():
-        labels = [number[label] if isinstance(label, str) else int(label) for label in rows["label"][:]]
-        columns = {column: rows[column][:] for column in rows.column_names if column != "label"}
-        features = datasets.Features({**rows.features, "label": ClassLabel(names=names)})
-        named[split] = Dataset.from_dict({**columns, "label": labels}, features=features)
-    return named
+    named = ClassLabel(names=label_names(kind, values, dataset))
+    return {
+        # what is on disk stays there: images may be many
+        split: rows.cast(datasets.Features({**rows.features, "label": named}), keep_in_memory=not rows.cache_files)
+        if rows.features["label"] != named
+        else rows
+        for split, rows in splits.items()
+    }
 
 
 def choose(rows: Dataset, most: int | None, seed: int) -> Dataset:

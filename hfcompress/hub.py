@@ -31,7 +31,8 @@ from hfcompress.snippet import SNIPPET_END, SNIPPET_START, fenced, load_section
 WORK_FILES = ["*.partial*", "checkpoint-*", "*/checkpoint-*"]
 TOKENS = "https://huggingface.co/settings/tokens"
 TIMEOUT = 10  # seconds to wait for what a card can do without
-PIPELINES = {"causal-lm": "text-generation"}  # where a task of ours and the Hub's pipeline differ in name
+# Where a task of ours and the Hub's pipeline differ in name; None where the Hub has several, and the task can't tell which.
+PIPELINES = {"causal-lm": "text-generation", "masked-lm": "fill-mask", "seq2seq-lm": None}
 TAGS = {
     "distill": "distillation",
     "prune_heads": "pruning",

@@ -17,7 +17,7 @@ from hfcompress.plots import plot
 from hfcompress.processes import processes
 from hfcompress.recipe import Recipe
 from hfcompress.report import Report, measure
-from hfcompress.task import Task
+from hfcompress.tasks import Task
 from hfcompress.train import Train, transformers_set_seed
 
 log = logging.getLogger("hfcompress")

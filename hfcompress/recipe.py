@@ -10,9 +10,9 @@ import yaml
 from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
 
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.methods import METHODS, Method, Step
+from hfcompress.methods import METHODS, Distill, Method, Step
 from hfcompress.methods.base import Fields
-from hfcompress.task import TASKS, Task
+from hfcompress.tasks import TASKS, Task
 from hfcompress.train import Train, training_fields
 
 STEPS: dict[str, type[Step]] = {Train.key(): Train, **METHODS}
@@ -70,6 +70,7 @@ class Recipe(Fields):
             mistakes += _order_mistakes(raw["steps"])
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
+            mistakes += _label_mistakes(raw["task"], raw.get("steps"))
         raw = (
             {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
         )
@@ -279,6 +280,32 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
                 )
         if quantised is None and any(one is not None and one.key() == "quantize" for one in (step, *riders)):
             quantised = number
+    return mistakes
+
+
+def _label_mistakes(task: Task | None, steps: Any) -> list[str]:
+    """What needs labels, where the data has none."""
+    if getattr(task, "labelled", True) or not isinstance(steps, tuple):
+        return []
+    mistakes = []
+    for number, step in enumerate(steps):
+        riders = step.riders if isinstance(step, Train) else ()
+        if isinstance(step, Train) and not any(rider.replaces_loss for rider in riders):
+            mistakes.append(
+                f"steps.{number}: train has no labels to learn from, as task.labelled is false; learn from a teacher:"
+                " with: [{distill: {alpha: 1}}]."
+            )
+        if any(term.needs == "labels" for rider in riders if isinstance(rider, Distill) for term in rider.summands):
+            mistakes.append(
+                f"steps.{number}: distill also learns from labels, and task.labelled is false; set alpha: 1, or leave the term"
+                " task out."
+            )
+        for one in (step, *riders):
+            if getattr(one, "scores", None) == "gradient":
+                mistakes.append(
+                    f"steps.{number}: scores: gradient of {one.key()} needs labels, and task.labelled is false;"
+                    " choose scores: magnitude."
+                )
     return mistakes
 
 

@@ -327,7 +327,12 @@ def compare(
         for size in batch_sizes:
             latency[f"b{size}"] = _in_turns([timed_forward(model, task, size) for model in models], pairs)
         with torch.no_grad():
-            scores = [{name: finite(float(value)) for name, value in task.score(m).items()} for m in models]
+            # with nothing but agreement to score, the second is judged by the first
+            first = task.remember if task.headline == "agreement" else task.score
+            scores = [
+                {name: finite(float(value)) for name, value in score(m).items()}
+                for score, m in zip((first, task.score), models, strict=True)
+            ]
     return Comparison(
         names=names,
         parameters=(counts[0]["parameters"], counts[1]["parameters"]),

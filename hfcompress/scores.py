@@ -59,7 +59,9 @@ def gradient(model: nn.Module, all_units: list[Units], batches: Batches | None =
             with torch.enable_grad():
                 loss = model(**batch).loss
             if loss is None:
-                raise CompressionError("scores: gradient needs a loss, and the batches hold no labels; add labels to them.")
+                raise CompressionError(
+                    "scores: gradient needs a loss, and the batches hold no labels; add labels, or choose scores: magnitude."
+                )
             for total, slope in zip(totals, torch.autograd.grad(loss, gates), strict=True):
                 total += slope.abs().flatten(1).sum(dim=0).float().cpu()
             seen += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import Anatomy, Units, body_linears
+from hfcompress.anatomy import Units, body_linears
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.layers import codes_fit, kind_of
 
@@ -97,21 +97,18 @@ def gate(model: nn.Module, units: Units, gates: Callable[[Tensor], Tensor]) -> t
     return model.get_submodule(units.output).register_forward_pre_hook(scale)
 
 
-def keep_layers(model: nn.Module, anatomy: Anatomy, keep: list[int]) -> None:
-    """Keep these layers, renumber what counts them (caches, layer types), and tell the config."""
-    stack: Any = model.get_submodule(anatomy.stack)
-    model.set_submodule(anatomy.stack, nn.ModuleList([stack[index] for index in keep]))
-    kept: Any = model.get_submodule(anatomy.stack)
-    for number, layer in enumerate(kept):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number
-    config: Any = model.config
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in keep]
-    if getattr(config, "max_window_layers", None) is not None:
-        config.max_window_layers = min(config.max_window_layers, len(keep))
-    config.num_hidden_layers = len(keep)
+def become(model: nn.Module, other: nn.Module) -> nn.Module:
+    """Make `model` the model that `other` is, in place, so that whoever holds `model` now holds the other. `other` is used up.
+
+    An object is its class and its `__dict__`: both are taken over, the modules, parameters and config with it. What stays is
+    train or eval mode, and hooks on the model itself: a distillation that rides along hangs on one.
+    """
+    hooks = {key: value for key, value in vars(model).items() if "hook" in key}
+    training = model.training
+    model.__class__ = type(other)
+    vars(model).clear()
+    vars(model).update({**vars(other), **hooks})
+    return model.train(training)
 
 
 def codable(model: Any, bits: int = 8) -> list[str]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, model_serializer
 from torch import Tensor
 
 from hfcompress import losses
@@ -28,6 +28,16 @@ class Term(Fields):
     needs: ClassVar[Literal["labels", "logits", "hidden_states", "attentions", "relations"]]
 
     weight: NonNegativeFloat = Field(1.0, description="What the term is multiplied with.")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, fields: Any) -> Any:
+        """`kl`, `{kl: 0.7}` or `{kl: {weight: 0.7, temperature: 4.0}}`, as a recipe has it."""
+        kept = {
+            name: value for name, value in fields(self).items() if getattr(self, name) != type(self).model_fields[name].default
+        }
+        if not kept:
+            return self.key
+        return {self.key: kept["weight"] if set(kept) == {"weight"} else kept}
 
     def parts(self, lesson: Lesson) -> Parts:
         raise NotImplementedError

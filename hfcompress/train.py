@@ -19,7 +19,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import CallbackHandler
 
 from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.lesson import foretells_next
 from hfcompress.loading import forget_reading
+from hfcompress.methods import Distill
 from hfcompress.methods.base import Batches, Method, Step, Tick, check_together, riding, with_original
 from hfcompress.structure import describe
 
@@ -85,8 +87,9 @@ class Train(Step):
             trained = any(parameter.requires_grad for parameter in model.parameters())
             if not trained and not any(rider.adds_parameters for rider in self.riders):
                 raise CompressionError("train: no weight of the model can be trained; add adapters under with.")
-            with _returning_attentions(model, self.riders), riding(model, self.riders, task) as tick:
-                trainer = _trainer(model, arguments, task, tick, self.riders)
+            riders = (*self.riders, *_own_loss(model, self.riders, arguments))
+            with _returning_attentions(model, riders), riding(model, riders, task) as tick:
+                trainer = _trainer(model, arguments, task, tick)
                 trainer.train()
                 # accelerate wrapped forward in autocast and would leave it there: later steps would measure another model.
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -106,6 +109,17 @@ class Train(Step):
             output_dir=output_dir,
             **{**defaults, **(self.model_extra or {}), "num_train_epochs": self.epochs, "disable_tqdm": True},
         )
+
+
+def _own_loss(model: nn.Module, riders: Iterable[Method], arguments: TrainingArguments) -> tuple[Method, ...]:
+    """The loss of the labels, rightly divided, where nothing else replaces the model's own.
+
+    Stock heads divide by the labels of their own batch, whatever count they are given, and the Trainer then does not divide by
+    the accumulation steps either: the gradient came out n times too large. Only next-token losses heed the count.
+    """
+    if any(rider.replaces_loss for rider in riders) or arguments.label_smoothing_factor or foretells_next(model):
+        return ()
+    return (Distill.model_validate({"terms": ["task"]}),)
 
 
 @contextmanager
@@ -135,7 +149,7 @@ def has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _trainer(model: nn.Module, arguments: TrainingArguments, task: Any, tick: Any, riders: tuple[Method, ...]) -> Trainer:
+def _trainer(model: nn.Module, arguments: TrainingArguments, task: Any, tick: Any) -> Trainer:
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -148,10 +162,6 @@ def _trainer(model: nn.Module, arguments: TrainingArguments, task: Any, tick: An
     ticking.go_first(trainer.callback_handler)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if not any(rider.replaces_loss for rider in riders) and task.headline != "perplexity":
-        # Stock classification heads ignore the count of items they are given, and the Trainer then does not divide by the
-        # accumulation steps either: the gradient came out n times too large. Without the count it divides, rightly.
-        trainer.model_accepts_loss_kwargs = False
     return trainer
 
 

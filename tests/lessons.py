@@ -15,6 +15,8 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -22,6 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 VOCAB = 60
@@ -55,6 +59,23 @@ def _bart(**more: Any) -> Any:
     fields = {"vocab_size": VOCAB, "d_model": 32, "dropout": 0.0, "pad_token_id": 0, "decoder_start_token_id": 2, **sizes}
     fields |= {"bos_token_id": 2, "eos_token_id": 3, "forced_eos_token_id": None, "max_position_embeddings": 64}
     return BartForConditionalGeneration(BartConfig(**{**fields, "attn_implementation": "eager", **more}))
+
+
+def _gpt2(**more: Any) -> Any:
+    fields = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64, "pad_token_id": 0}
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 2, "eos_token_id": 3}
+    return GPT2LMHeadModel(GPT2Config(**{**fields, **still, "attn_implementation": "eager", **more}))
+
+
+def _whisper(**more: Any) -> Any:
+    fields = {"vocab_size": VOCAB, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 16}
+    fields |= {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()
+    }
+    fields |= {"dropout": 0.0, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
+    return WhisperForConditionalGeneration(WhisperConfig(**{**fields, "attn_implementation": "eager", **more}))
 
 
 def _vit(**more: Any) -> Any:
@@ -118,6 +139,11 @@ def _answered(count: int, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _heard(count: int, seed: int) -> dict[str, torch.Tensor]:
+    sounds = torch.randn(count, 8, 24, generator=torch.Generator().manual_seed(seed))
+    return {"input_features": sounds, "labels": _translated(count, seed)["labels"]}
+
+
 def _pictures(count: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (count,), generator=generator)
@@ -135,6 +161,8 @@ LESSONS: dict[str, tuple[Callable[..., PreTrainedModel], Callable[[int, int], di
     "tokens": (lambda **more: _bert(BertForTokenClassification, **more), _tagged),
     "masked-lm": (lambda **more: _bert(BertForMaskedLM, **more), _masked),
     "causal-lm": (_llama, _continued),
+    "gpt2": (_gpt2, _continued),
+    "whisper": (_whisper, _heard),
     "t5": (_t5, _translated),
     "bart": (_bart, _translated),
     "answers": (lambda **more: _bert(BertForQuestionAnswering, **{**more, "num_labels": 2}), _answered),
@@ -163,7 +191,7 @@ def padded(given: dict[str, torch.Tensor], more: int) -> dict[str, torch.Tensor]
     """The same batch, so many positions longer."""
     fill = {"labels": -100}
     return {
-        key: torch.nn.functional.pad(value, (0, more), value=fill.get(key, 0)) if value.dim() == 2 and key != "x" else value
+        key: torch.nn.functional.pad(value, (0, more), value=fill.get(key, 0)) if value.dim() == 2 else value
         for key, value in given.items()
     }
 

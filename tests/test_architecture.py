@@ -13,11 +13,13 @@ import pytest
 import hfcompress
 from hfcompress.methods import METHODS, Method
 from hfcompress.recipe import STEPS
+from hfcompress.tasks import TASKS, Task
 
 PACKAGE = Path(hfcompress.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+TASK_FILES = [name.replace("-", "_") for name in TASKS]
 
-# What each file may import of the package; a file stands above everything it names. `methods` means the folder.
+# What each file may import of the package; a file stands above everything it names. `methods` and `tasks` mean the folders.
 ALLOWED = {
     "errors": "",
     "layers": "errors",
@@ -26,6 +28,9 @@ ALLOWED = {
     "anatomy": "errors layers",
     "surgery": "errors layers anatomy",
     "scores": "errors layers anatomy surgery processes",
+    "depth": "errors anatomy",
+    "width": "errors layers anatomy surgery scores depth",
+    "architecture": "errors",
     "losses": "",
     "processes": "",
     "lesson": "errors losses",
@@ -34,21 +39,20 @@ ALLOWED = {
     "teachers": "errors layers surgery",
     "fused": "lesson",
     "distilling": "errors anatomy fused lesson signals teachers terms",
-    "methods": "errors layers anatomy surgery scores teachers terms distilling methods.base methods.units",
+    "methods": "errors layers anatomy surgery scores depth width architecture teachers terms distilling methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
     "checkpoints": "errors data",
-    "task_base": "errors data checkpoints metrics methods.base",
-    "task": "errors data checkpoints metrics methods.base task_base",
-    "train": "errors structure loading methods methods.base",
-    "recipe": "errors methods methods.base task train",
+    "tasks": "errors data checkpoints metrics surgery methods.base tasks.base tasks.texts tasks.labels",
+    "train": "errors lesson structure loading methods methods.base",
+    "recipe": "errors methods methods.base tasks train",
     "measuring": "errors",
     "report": "errors measuring",
     "plots": "errors report",
     "artifact": "errors layers structure loading",
     "snippet": "errors",
     "hub": "errors snippet",
-    "loop": "errors processes methods task train recipe report plots artifact hub",
+    "loop": "errors processes methods tasks train recipe report plots artifact hub",
     "cli": "errors processes recipe loop report artifact hub snippet",
     "__init__": "loading errors methods recipe train loop",
 }
@@ -56,7 +60,7 @@ ONLY_IN = {
     "huggingface_hub": {"hub", "checkpoints"},
     "transformers.quantizers": {"loading", "structure"},
     "typer": {"cli"},
-    "datasets": {"data", "task", "task_base", "checkpoints", "metrics"},
+    "datasets": {"data", "metrics", *(f"tasks.{name}" for name in ("base", "texts", "labels", *TASK_FILES))},
     "evaluate": {"metrics"},
     "matplotlib": {"plots"},
     "peft": {"methods.adapters", "artifact"},
@@ -85,9 +89,10 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_imports_point_down(path: Path) -> None:
     name = module(path)
-    allowed = set(ALLOWED["methods" if name.startswith("methods.") else name.removesuffix(".__init__")].split())
-    if name == "methods.__init__":
-        allowed |= {f"methods.{key}" for key in METHODS}
+    folder = name.partition(".")[0]
+    allowed = set(ALLOWED[folder if folder in ("methods", "tasks") else name].split())
+    if name in ("methods.__init__", "tasks.__init__"):
+        allowed |= {f"{folder}.{key}" for key in (METHODS if folder == "methods" else TASK_FILES)}
     ours = {found.removeprefix("hfcompress.") for found in imports(path) if found.startswith("hfcompress.")}
     assert ours <= allowed, f"{name} imports {ours - allowed}"
 
@@ -149,6 +154,20 @@ def test_methods_are_found_by_the_table_and_nowhere_else() -> None:
     assert written == set(METHODS)
     assert set(STEPS) == {"train", *METHODS}
     assert all(issubclass(method, Method) for method in METHODS.values())
+
+
+@pytest.mark.parametrize("key", TASKS)
+def test_a_task_its_class_and_its_file_are_one_word(key: str) -> None:
+    task = TASKS[key]
+    assert task.__module__ == f"hfcompress.tasks.{key.replace('-', '_')}"
+    assert task.__name__.lower() == key.replace("-", "")
+    assert task.__doc__ and all(field.description for name, field in task.model_fields.items() if name != "name")
+
+
+def test_tasks_are_found_by_the_table_and_nowhere_else() -> None:
+    written = {path.stem for path in (PACKAGE / "tasks").glob("*.py")} - {"__init__", "base", "texts", "labels"}
+    assert written == set(TASK_FILES)
+    assert all(issubclass(task, Task) for task in TASKS.values())
 
 
 def test_no_print_no_pickle_no_remote_code() -> None:

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from hfcompress import CompressionCallback, CompressionError, Distill, Train, attach, losses, riding
 from hfcompress.terms import TERMS
@@ -113,6 +123,8 @@ MIX = {
     "tokens": ["kl", "task", "hidden_cosine"],
     "masked-lm": [{"kl": {"weight": 5, "positions": "all"}}, {"task": 2}, "hidden_cosine"],
     "causal-lm": ["jensen_shannon", "task", "hidden_mse", "relations"],
+    "gpt2": ["skewed_kl", "task", {"relations": {"of": ["query", "value"]}}],
+    "whisper": ["kl", "task", {"hidden_mse": {"stack": "encoder"}}],
     "t5": ["kl", "task", "hidden_mse", {"attention_mse": {"stack": "encoder"}}],
     "bart": ["reverse_kl", "task", {"hidden_cosine": {"stack": "encoder"}}],
     "answers": ["kl", "task", "hidden_mse"],
@@ -446,3 +458,52 @@ class Original:
         import copy
 
         self.batches, self.original = task.batches, copy.deepcopy(original)
+
+
+def test_a_teacher_of_another_architecture_is_shown_what_it_knows(tmp_path: Path) -> None:
+    """DistilBERT has no token types, and a bare default of its own for everything else."""
+    teacher = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=60, dim=32, n_layers=1, n_heads=4, hidden_dim=48, num_labels=3)
+    )
+    given = batch("sequence")
+    given["token_type_ids"] = torch.ones_like(given["input_ids"])
+    assert loss_of(pupil("sequence"), given, Distill(teacher)) > 0
+
+
+def test_what_answers_with_no_classes_has_its_sentence() -> None:
+    def refused(student: Any, given: dict[str, Any], sentence: str) -> None:
+        with pytest.raises(CompressionError) as error:
+            loss_of(student.train(), given, Distill(alpha=1.0))
+        assert str(error.value) == sentence
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 10}
+    sound = {
+        "conv_dim": (8,),
+        "conv_kernel": (4,),
+        "conv_stride": (4,),
+        "num_feat_extract_layers": 1,
+        "num_conv_pos_embeddings": 4,
+    }
+    ctc = Wav2Vec2ForCTC(Wav2Vec2Config(**sizes, **sound, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, pad_token_id=0))
+    refused(
+        ctc,
+        {"input_values": torch.randn(2, 64), "labels": torch.randint(1, 9, (2, 3))},
+        "distill: Wav2Vec2ForCTC answers for (2, 16) positions and has labels for (2, 3); possible are models with a label a "
+        "position, which CTC models don't have.",
+    )
+    refused(
+        BertModel(BertConfig(**sizes)),
+        {"input_ids": torch.randint(1, 9, (2, 4))},
+        "distill: BertModel answers with no logits of examples or tokens; possible are classifiers of texts, tokens, images and "
+        "sounds, language models and question answering.",
+    )
+
+
+def test_more_kinds_of_head_can_be_taught() -> None:
+    """Multiple choice: the classes are the choices."""
+    fields = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    student = BertForMultipleChoice(BertConfig(**fields, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    ids = torch.randint(5, 60, (2, 4, 6))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([1, 3])}
+    torch.testing.assert_close(loss_of(student, given, Distill(terms=["task"])), student(**given).loss)
+    assert abs(loss_of(student, given, Distill("current", alpha=1.0))) < 1e-6

@@ -50,9 +50,17 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Quantize(8, threshold=6.0),
     ],
     "cast": [Cast(), Cast("float16")],
-    "student": [Student(every=2), Student(layers=[1])],
+    "student": [
+        Student(every=2),
+        Student(layers=[1]),
+        Student(number=1),
+        Student(architecture={"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}),
+    ],
     "adapters": [Adapters(r=4, merge=False), Adapters(target_modules=["query"])],
-    "distill": [Distill("me/teacher", temperature=3.0, alpha=0.2)],
+    "distill": [
+        Distill("me/teacher", temperature=3.0, alpha=0.2),
+        Distill(["me/one", "me/two"], terms=["task", {"kl": 0.5}, {"hidden_mse": {"layers": {0: 1}, "embeddings": True}}]),
+    ],
 }
 # What needs training does nothing alone: its laws are tests of their own.
 ROWS = [method for methods in METHOD_ROWS.values() for method in methods if not method.needs_training]

@@ -116,7 +116,10 @@ def test_all_mistakes_are_shown_at_once_with_a_did_you_mean() -> None:
         ([{"quantize": {"bits": 3}}], "steps.0.quantize.bits = 3: input should be 8 or 4."),
         ([{"prune_heads": {"ratio": 0}}], "steps.0.prune_heads.ratio = 0: input should be greater than 0."),
         ([{"prune_heads": [0.5]}], "steps.0.prune_heads: its fields must be a mapping, as in {ratio: 0.3}, not [0.5]."),
-        ([{"student": {"every": 2, "layers": [1]}}], "steps.0.student: give exactly one of every and layers."),
+        (
+            [{"student": {"every": 2, "layers": [1]}}],
+            "steps.0.student: every and layers are several ways to choose layers; give one of them.",
+        ),
         ([], "steps = (): tuple should have at least 1 item after validation, not 0."),
     ],
 )

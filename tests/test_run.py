@@ -339,8 +339,8 @@ def test_an_unknown_family_gets_one_sentence(place: Path) -> None:
     said = refused(place, model=str(place / "opt"), task=task, steps=[{"prune_heads": {"ratio": 0.5}}])
     assert said == (
         "step 1 of 1, prune_heads: OPTForCausalLM: hfcompress does not know where heads, neurons and layers of 'opt' models are; "
-        "known are bert, roberta, distilbert, llama, mistral, qwen2, qwen3, gpt2; distill, prune_weights, low_rank, adapters, "
-        "quantize and cast work on any architecture."
+        "known are bert, roberta, distilbert, llama, mistral, qwen2, qwen3, gpt2; distill, student, prune_weights, low_rank, "
+        "adapters, quantize and cast work on any architecture."
     )
     compress(recipe(place, model=str(place / "opt"), task=task, steps=[{"low_rank": {"rank": 2}}, "cast"]), place / "opt-small")
 

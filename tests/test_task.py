@@ -18,9 +18,9 @@ from datasets import Dataset
 from pydantic import ValidationError
 from sklearn.metrics import f1_score
 
-from hfcompress.data import read_splits
+from hfcompress.data import read_splits, resolve_address
 from hfcompress.errors import CompressionError
-from hfcompress.task import TASKS, CausalLM, TextClassification, read_task, resolve_address
+from hfcompress.tasks import TASKS, CausalLM, TextClassification, read_task
 from tests.tiny import TOPICS, tiny_checkpoint, tiny_model, tiny_texts, tiny_tokenizer
 
 NAMES = tuple(sorted(TOPICS))
@@ -168,7 +168,7 @@ def test_reading_leaves_no_files(tmp_path, bare):
     file = write_csv(tmp_path / "data.csv", {"text": ["cat", "dog", "bank"], "label": [0, 1, 0]})
     home = tmp_path / "home"
     home.mkdir()
-    code = f"from hfcompress.task import *; TextClassification({str(file)!r}).open({str(bare)!r})"
+    code = f"from hfcompress.tasks import *; TextClassification({str(file)!r}).open({str(bare)!r})"
     environment = {**os.environ, "HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         environment.pop(name, None)

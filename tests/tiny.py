@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -15,7 +17,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BartConfig,
     BertConfig,
     DistilBertConfig,
     GPT2Config,
@@ -27,7 +34,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    T5Config,
+    ViTConfig,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOPICS = {
@@ -41,6 +51,22 @@ WORDS = [*FILLER, *(word for words in TOPICS.values() for word in words)]
 ENCODERS = ("bert", "minilm", "roberta", "distilbert")
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 KINDS = (*ENCODERS, *DECODERS)
+SEQ2SEQ = ("t5", "bart")
+VISION = ("vit",)
+TASKS = {
+    "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "image-classification": AutoModelForImageClassification,
+}
+MADE_FOR = {
+    **dict.fromkeys(ENCODERS, "text-classification"),
+    **dict.fromkeys(DECODERS, "causal-lm"),
+    **dict.fromkeys(SEQ2SEQ, "seq2seq-lm"),
+    **dict.fromkeys(VISION, "image-classification"),
+}
 
 
 def tiny_config(kind: str, vocab_size: int = 128, layers: int = 2, num_labels: int = 3, **more: Any) -> PreTrainedConfig:
@@ -55,6 +81,22 @@ def tiny_config(kind: str, vocab_size: int = 128, layers: int = 2, num_labels: i
     grouped = {**sizes, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
     gpt2 = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_inner": 128, "n_positions": 128}
     distilbert = {"dim": 64, "n_layers": layers, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 128}
+    bart = {
+        "d_model": 64,
+        **{
+            f"{side}_{name}": size
+            for side in ("encoder", "decoder")
+            for name, size in (("layers", layers), ("attention_heads", 4), ("ffn_dim", 128))
+        },
+        **{"max_position_embeddings": 128, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3},
+    }
+    t5 = {"d_model": 64, "num_layers": layers, "num_heads": 4, "d_kv": 16, "d_ff": 128, "decoder_start_token_id": 0}
+    # an image of 16 x 16 pixels is 4 patches
+    vit = {
+        **{name: size for name, size in sizes.items() if name != "max_position_embeddings"},
+        "image_size": 16,
+        "patch_size": 8,
+    }
     classes: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         "bert": (BertConfig, sizes),
         "minilm": (BertConfig, {**sizes, "num_hidden_layers": max(layers, 3)}),
@@ -66,20 +108,23 @@ def tiny_config(kind: str, vocab_size: int = 128, layers: int = 2, num_labels: i
         "qwen3": (Qwen3Config, {**grouped, "head_dim": 32}),
         "mistral": (MistralConfig, {**grouped, "head_dim": 16, "sliding_window": None}),
         "gpt2": (GPT2Config, {**gpt2, "bos_token_id": 2, "eos_token_id": 3}),
+        "t5": (T5Config, {**t5, "eos_token_id": 3}),
+        "bart": (BartConfig, bart),
+        "vit": (ViTConfig, vit),
     }
     config_class, fields = classes[kind]
-    given = {"vocab_size": vocab_size, "pad_token_id": 0, "num_labels": num_labels, **fields, **more}
-    return config_class(**given)
+    texts = {} if kind in VISION else {"vocab_size": vocab_size, "pad_token_id": 0}
+    return config_class(**{**texts, "num_labels": num_labels, **fields, **more})
 
 
 def tiny_model(kind: str, task: str | None = None, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A random model in eval mode. `task`: "text-classification" or "causal-lm"; None: what the kind is made for.
+    """A random model in eval mode. `task`: a key of `TASKS`; None: what the kind is made for.
 
     DistilBERT has no causal head: a ValueError.
     `config` goes to the config: `layers=4, num_labels=2, vocab_size=200, hidden_dropout_prob=0.0`, ...
     """
-    task = task or ("causal-lm" if kind in DECODERS else "text-classification")
-    auto = {"text-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}[task]
+    task = task or MADE_FOR[kind]
+    auto = TASKS[task]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = tiny_config(kind, **config)
@@ -134,8 +179,25 @@ def tiny_texts(folder: Path, each: int = 40, topics: Iterable[str] = tuple(TOPIC
     return folder
 
 
+def tiny_images(folder: Path, each: int = 12, colours: Iterable[str] = ("blue", "green", "red"), seed: int = 0) -> Path:
+    """Write `folder/<colour>/000.png` ...: `each` distinct noisy images of 20 x 24 pixels a colour; the colour tells it."""
+    for number, colour in enumerate(colours):
+        (folder / colour).mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng((seed, number))
+        for index in range(each):
+            pixels = rng.integers(0, 100, (20, 24, 3))
+            pixels[..., ("red", "green", "blue").index(colour)] += 150
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / colour / f"{index:03d}.png")
+    return folder
+
+
+def tiny_image_processor() -> ViTImageProcessorPil:
+    """To 16 x 16 pixels, as the tiny ViT wants them."""
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
 def tiny_checkpoint(folder: Path, kind: str = "bert", task: str | None = None, **config: Any) -> Path:
-    """A tiny model and its tokenizer saved together, as `from_pretrained` wants them."""
+    """A tiny model and its tokenizer or image processor saved together, as `from_pretrained` wants them."""
     tiny_model(kind, task, **config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    (tiny_image_processor() if kind in VISION else tiny_tokenizer()).save_pretrained(folder)
     return folder

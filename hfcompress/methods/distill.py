@@ -44,12 +44,10 @@ class Distill(Method):
     @field_validator("terms", mode="before")
     @classmethod
     def _read_terms(cls, given: Any) -> Any:
-        if given is None or not isinstance(given, list | tuple):
-            raise (
-                ValueError("terms is a list, as in [kl: 0.7, task: 0.3]")
-                if given is not None
-                else None or ValueError("terms is a list; leave it out to use alpha")
-            )
+        if given is None:
+            return None
+        if not isinstance(given, list | tuple):
+            raise ValueError("terms is a list, as in [kl: 0.7, task: 0.3]")
         return tuple(one if isinstance(one, Term) else _term(one) for one in given)
 
     @model_validator(mode="after")
@@ -78,10 +76,6 @@ class Distill(Method):
         if isinstance(teacher, list | tuple):
             return [self._name_of_teacher(one) for one in teacher]
         return teacher if isinstance(teacher, str) else type(teacher).__name__
-
-    @field_serializer("terms")
-    def _plain_terms(self, terms: Any) -> Any:
-        return None if terms is None else [_plain(term) for term in terms]
 
     @property
     def summands(self) -> tuple[Term, ...]:
@@ -134,13 +128,6 @@ def _term(given: Any) -> Term:
         if first["type"] == "extra_forbidden":
             raise ValueError(f"{name}: unknown key {key!r}.{did_you_mean(key, TERMS[name].model_fields)}") from error
         raise ValueError(f"{name}.{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-
-
-def _plain(term: Term) -> Any:
-    fields = term.model_dump(mode="json", exclude_defaults=True)
-    if not fields:
-        return term.key
-    return {term.key: fields["weight"] if set(fields) == {"weight"} else fields}
 
 
 def _check_attentions(model: Any, terms: tuple[Term, ...]) -> None:

@@ -1,10 +1,8 @@
-"""What every task does: open the data with a model's tokenizer, batch it, score models on it."""
+"""What every task does: open the data with a model's tokenizer or image processor, batch it, score models on it."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,19 +12,9 @@ from pydantic import Field, PositiveInt, PrivateAttr, model_serializer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfcompress.checkpoints import (
-    load_config,
-    load_pretrained,
-    load_tokenizer,
-    positions,
-)
+from hfcompress.checkpoints import load_config, load_pretrained
 from hfcompress.data import (
     EVAL_SPLITS,
     drop_duplicates,
@@ -37,6 +25,7 @@ from hfcompress.data import (
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.methods.base import Fields
 from hfcompress.metrics import higher_is_better, load_metrics
+from hfcompress.surgery import copied
 
 
 class Task(Fields):
@@ -46,19 +35,20 @@ class Task(Fields):
     """
 
     auto_class: ClassVar[Any]
+    unit: ClassVar[str] = "text"
+    """What an example is made of, as errors call it; "image" finds class folders of image files."""
 
     dataset: str = Field(description="Hub id, file, folder of files or of class folders, or package://NAME/path")
     subset: str | None = Field(None, description="the subset (configuration) of a Hub data set")
     train_split: str = Field("train", description="the split to train on")
     eval_split: str | None = Field(None, description="the split to score on; default: validation, test, or split off")
-    text_column: str | None = Field(None, description="the column of the texts; guessed by default")
     max_train_samples: PositiveInt | None = Field(None, description="train on a seeded choice of so many")
     max_eval_samples: PositiveInt | None = Field(None, description="score on a seeded choice of so many")
     eval_share: float = Field(0.2, gt=0, lt=1, description="what to split off where there is no split to score on")
-    eval_samples: PositiveInt | None = Field(None, description="how many texts to split off, instead of eval_share")
+    eval_samples: PositiveInt | None = Field(None, description="how many examples to split off, instead of eval_share")
     eval_batch_size: PositiveInt = Field(32, description="examples a batch when scoring")
     metrics: list[str] = Field(["accuracy", "f1"], min_length=1, description="what to score; the first is the headline")
-    deduplicate: bool | None = Field(None, description="use each text once; by default for local data, not for the Hub's")
+    deduplicate: bool | None = Field(None, description="use each example once; by default for local data, not for the Hub's")
     seed: int = Field(0, description="of the split, of the choice of samples and of a new head")
 
     _opened: str | None = PrivateAttr(None)
@@ -79,9 +69,9 @@ class Task(Fields):
 
     # ---------------------------------------------------------------- opening
 
-    def load_processor(self, path: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of a checkpoint (folder, Hub id, .gguf file, package:// address), with a pad token."""
-        return load_tokenizer(path)
+    def load_processor(self, path: str) -> Any:
+        """The tokenizer or image processor of a checkpoint (folder, Hub id, .gguf file, package:// address)."""
+        raise NotImplementedError
 
     def open(self, model_path: str) -> Task:
         """Tokenizer, data, splits, tokens; the same path again costs nothing. Returns itself; `CompressionError`s."""
@@ -104,13 +94,14 @@ class Task(Fields):
         config = self._config if self._opened == str(path) else load_config(path)
         head, is_new = self._head(config, path)
         model = load_pretrained(self.auto_class, path, config, is_new, self.seed, **{**head, **kwargs})
-        if model.config.pad_token_id is None:  # decoders need it to find the last token of a padded text
-            model.config.pad_token_id = self.processor.pad_token_id
+        pad = getattr(self.processor, "pad_token_id", None)
+        if pad is not None and model.config.pad_token_id is None:  # decoders look for the last token of a padded text by it
+            model.config.pad_token_id = pad
         return model
 
     def _read(self) -> dict[str, Dataset]:
-        """The rows as they came: {"train": ..., and "eval" unless it must be split off}, each text once if asked."""
-        splits, is_local = read_splits(self.dataset, self.subset)
+        """The rows as they came: {"train": ..., and "eval" unless it must be split off}, each once if asked."""
+        splits, is_local = read_splits(self.dataset, self.subset, self.unit)
         for field, name in (("train_split", self.train_split), ("eval_split", self.eval_split)):
             if name is not None and name not in splits:
                 raise CompressionError(f"{field}: dataset {self.dataset!r} has no {name!r}.{did_you_mean(name, splits)}")
@@ -120,11 +111,11 @@ class Task(Fields):
         if other and not self.eval_split and not len(rows["eval"]):
             del rows["eval"]  # a test split whose labels are hidden is no split to score on
         if self.deduplicate if self.deduplicate is not None else is_local:
-            # the texts to score on go first: what is in both is dropped from training
-            rows = drop_duplicates({split: rows[split] for split in sorted(rows)}, self._texts(rows["train"]))
+            # the examples to score on go first: what is in both is dropped from training
+            rows = drop_duplicates({split: rows[split] for split in sorted(rows)}, self._keys)
         for split, part in rows.items():
             if not len(part):
-                raise CompressionError(f"dataset {self.dataset!r}: no text for {split} is left; give one that has some.")
+                raise CompressionError(f"dataset {self.dataset!r}: no {self.unit} for {split} is left; give one that has some.")
         return rows
 
     def _split(self, rows: dict[str, Dataset]) -> tuple[Dataset, Dataset]:
@@ -132,68 +123,71 @@ class Task(Fields):
             return rows["train"], rows["eval"]
         if len(rows["train"]) < 2:
             raise CompressionError(
-                f"dataset {self.dataset!r}: one text can't be split into training and scoring; name an eval_split."
+                f"dataset {self.dataset!r}: one {self.unit} can't be split into training and scoring; name an eval_split."
             )
         label = next((c for c, kind in rows["train"].features.items() if isinstance(kind, ClassLabel)), None)
         return split_off(rows["train"], self.eval_share, self.eval_samples, label, self.seed)
 
-    def _texts(self, rows: Dataset) -> list[str]:
+    def _clean(self, rows: Dataset) -> Dataset:
+        """The columns the task needs, and the rows that have them."""
         raise NotImplementedError
 
-    def _clean(self, rows: Dataset) -> Dataset:
+    def _keys(self, rows: Dataset) -> Iterable[Hashable]:
+        """What tells two rows of `_clean` apart."""
         raise NotImplementedError
 
     def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
+        """Set `_train` and `_eval`."""
         raise NotImplementedError
 
     def _head(self, config: PreTrainedConfig, path: str) -> tuple[dict[str, Any], bool]:
         """What `from_pretrained` must be told about the head, and whether the head is new."""
-        raise NotImplementedError
+        return {}, False
 
     # ---------------------------------------------------------------- data
 
     @property
-    def processor(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model the task was opened with."""
+    def processor(self) -> Any:
+        """The tokenizer or image processor of the model the task was opened with."""
         return self._ready(self._processor)
 
     @property
-    def train_dataset(self) -> Dataset:
-        """Tokens and `labels` to train on."""
+    def train_dataset(self) -> Any:
+        """Inputs to train on, and their `labels` where there are any."""
         return self._ready(self._train)
 
     @property
-    def eval_dataset(self) -> Dataset:
-        """Tokens and `labels` to score on; disjoint from the training data where the task made the split."""
+    def eval_dataset(self) -> Any:
+        """Inputs and `labels` to score on; disjoint from the training data where the task made the split."""
         return self._ready(self._eval)
 
     @property
     def collator(self) -> Any:
-        """Examples to a batch of tensors (batch, longest)."""
-        return DataCollatorWithPadding(self.processor)
+        """Examples to a batch of tensors."""
+        raise NotImplementedError
+
+    def _seeded_collator(self, seed: int) -> Any:
+        """The collator; where it draws at random, one that draws the same again."""
+        return self.collator
 
     def _ready(self, thing: Any) -> Any:
         if thing is None:
             raise CompressionError("the task has no data yet: call task.open(model_path) or task.load_model(path) first.")
         return thing
 
-    def _limit(self, asked: int) -> int:
-        """No longer than asked, than the tokenizer says and than the model has positions."""
-        return min(asked, self.processor.model_max_length, positions(self._config))
+    def batches(self, model: nn.Module, samples: int | None, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+        """A seeded choice of training examples, in batches with their labels, on the model's device.
 
-    def _accepts(self, name: str) -> bool:
-        """Whether the model's forward knows this input (DistilBERT, say, has no token_type_ids)."""
-        known = self.auto_class._model_mapping.get(type(self._config), None)
-        return known is None or isinstance(known, tuple) or name in inspect.signature(known.forward).parameters
+        `samples=None`: every training example once, in the order of the data.
+        """
+        count = len(self.train_dataset)
+        chosen = np.arange(count) if samples is None else np.random.default_rng(seed).permutation(count)[:samples]
+        collator, device = self._seeded_collator(seed), next(model.parameters()).device
+        yield from self._batched(self.train_dataset, chosen, batch_size, collator, device)
 
-    def batches(self, model: nn.Module, samples: int, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-        """A seeded choice of training examples, in batches (batch, length) with labels, on the model's device."""
-        chosen = np.random.default_rng(seed).permutation(len(self.train_dataset))[:samples]
-        yield from self._batched(self.train_dataset, chosen, batch_size, next(model.parameters()).device)
-
-    def _batched(self, data: Dataset, indices: Any, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    def _batched(self, data: Any, indices: Any, size: int, collator: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(indices), size):
-            batch = self.collator([data[int(index)] for index in indices[start : start + size]])
+            batch = collator([data[int(index)] for index in indices[start : start + size]])
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
     @property
@@ -202,14 +196,8 @@ class Task(Fields):
         raise NotImplementedError
 
     def example(self, batch_size: int, length: int | None = None) -> dict[str, Tensor]:
-        """The same batch every time, without padding or labels, for latency: both tensors are (batch_size, length).
-
-        The tokens are those of the first texts to score on, repeated or cut to the length.
-        """
-        length = length or self.example_length
-        rows = [self.eval_dataset[index % len(self.eval_dataset)]["input_ids"] for index in range(batch_size)]
-        tokens = torch.stack([torch.tensor(row).repeat(-(-length // len(row)))[:length] for row in rows])
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        """The same batch every time, without padding or labels, for latency: what the model's forward needs."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------- scoring
 
@@ -239,6 +227,11 @@ class Task(Fields):
             names.append("agreement")
         if self._reference is None:
             names = [name for name in names if name != "agreement"]
+        if not names:
+            raise CompressionError(
+                "metrics: agreement is with an original, and none was remembered; call task.remember(original) first,"
+                " compare two models, or score something else."
+            )
         combined = load_metrics(names)
         combined.add_batch(**columns, originals=self._reference)
         return combined.compute()
@@ -246,16 +239,16 @@ class Task(Fields):
     def _predict(self, model: nn.Module) -> dict[str, np.ndarray]:
         """In the order of the eval data: `predictions`, `references` a decision; `nll`, `tokens` an example."""
         data, device = self.eval_dataset, next(model.parameters()).device
-        # longest first: little padding, and memory runs out at the start or not at all
-        order = np.argsort([-len(ids) for ids in data["input_ids"][:]], kind="stable")
+        order = self._longest_first(data)
         modes = [(module, module.training) for module in model.modules()]
         rows: list[dict[str, np.ndarray]] = []
         model.eval()
         try:
-            batches = self._batched(data, order, self.eval_batch_size, device)
+            batches = self._batched(data, order, self.eval_batch_size, self.collator, device)
             total = -(-len(order) // self.eval_batch_size)
             for batch in tqdm(batches, desc="scoring", total=total, leave=False, disable=None):
-                labels = batch.pop("labels")
+                labels = batch.pop("labels", None)
+                labels = self._counted(batch) if labels is None else labels
                 with torch.no_grad():
                     logits = model(**batch).logits
                     rows.extend(self._decide(row, label) for row, label in zip(logits, labels, strict=True))
@@ -265,14 +258,25 @@ class Task(Fields):
         back = np.argsort(order)
         return {name: np.concatenate([rows[index][name] for index in back]) for name in rows[0]}
 
+    def _longest_first(self, data: Any) -> np.ndarray:
+        """An order with little padding, in which memory runs out at the start or not at all."""
+        return np.argsort([-len(ids) for ids in data["input_ids"][:]], kind="stable")
+
+    def _counted(self, batch: dict[str, Tensor]) -> Tensor:
+        """In place of labels that there are not: 0 for every decision to compare, -100 for what is none."""
+        first = next(iter(batch.values()))
+        return torch.zeros(len(first), dtype=torch.long, device=first.device)
+
     def _decide(self, logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
         """One example. The log-softmax is in float32, and a row at a time, or a large vocabulary would not fit."""
         known = labels != -100
         logits, labels = logits[known].float(), labels[known]
+        total = F.cross_entropy(logits, labels, reduction="sum").double()
         return {
             "predictions": logits.argmax(-1).cpu().numpy(),
             "references": labels.cpu().numpy(),
-            "nll": F.cross_entropy(logits, labels).double().reshape(1).cpu().numpy(),
+            # a short text may have nothing to foretell; a mean over nothing would spoil the others'
+            "nll": (total / max(1, len(labels))).reshape(1).cpu().numpy(),
             "tokens": np.array([len(labels)]),
         }
 
@@ -285,4 +289,4 @@ class Task(Fields):
 
     def keep_original(self, model: nn.Module) -> None:
         """Keep a frozen copy of the model in eval mode, since steps edit in place."""
-        self._original = copy.deepcopy(model).eval().requires_grad_(False)
+        self._original = copied(model)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+from pydantic import Field, PositiveInt
+from torch import Tensor
+from transformers import AutoModelForCausalLM, default_data_collator
+
+from hfcompress.data import choose
+from hfcompress.tasks.texts import TextTask
+
+
+class CausalLM(TextTask):
+    """The next token; the texts are laid end to end and cut into blocks."""
+
+    auto_class = AutoModelForCausalLM
+
+    block_size: int = Field(512, ge=2, description="tokens a block")
+    eval_batch_size: PositiveInt = Field(4, description="blocks a batch when scoring; logits are large")
+    metrics: list[str] = Field(["perplexity"], min_length=1, description="what to score; the first is the headline")
+    name: Literal["causal-lm"] = "causal-lm"
+
+    @property
+    def collator(self) -> Any:
+        """Blocks of one length to tensors (batch, block_size)."""
+        return default_data_collator
+
+    @property
+    def example_length(self) -> int:
+        return self._limit(128)
+
+    def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
+        self._train = choose(self._labelled(train), self.max_train_samples, self.seed)
+        self._eval = choose(self._labelled(held_out), self.max_eval_samples, self.seed)
+
+    def _labelled(self, rows: Dataset) -> Dataset:
+        # a blank line between texts, not eos: that ends a turn in chat models, which no text here does
+        blocks = self._packed(rows, self._limit(self.block_size), "\n\n")
+        masks = [np.ones_like(block) for block in blocks]
+        return Dataset.from_dict({"input_ids": blocks, "attention_mask": masks, "labels": blocks})
+
+    def _decide(self, logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+        return super()._decide(logits[:-1], labels[1:])  # position i foretells token i + 1

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, Value
+from pydantic import Field, PositiveInt
+from torch import Tensor
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from hfcompress.checkpoints import load_tokenizer
+from hfcompress.data import TAGS, WORDS, find_column, label_names
+from hfcompress.errors import CompressionError
+from hfcompress.tasks.labels import Classification
+from hfcompress.tasks.texts import TextTask
+
+IGNORED = -100
+HIDDEN = (None, -1, "")
+"""Labels that a benchmark keeps to itself."""
+
+
+class TokenClassification(Classification, TextTask):
+    """One label a word; of a word's tokens the first one counts."""
+
+    auto_class = AutoModelForTokenClassification
+
+    text_column: str | None = Field(
+        None, description="the column of the words, lists or texts parted by blanks; guessed by default"
+    )
+    max_length: PositiveInt = Field(128, description="tokens a text is cut to")
+    name: Literal["token-classification"] = "token-classification"
+
+    def load_processor(self, path: str) -> Any:
+        """The tokenizer of a checkpoint, a fast one, which knows the words its tokens came from."""
+        tokenizer = load_tokenizer(path)
+        if not tokenizer.is_fast:
+            raise CompressionError(
+                f"model {str(path)!r}: its tokenizer is written in Python and does not tell which word a token came from;"
+                " choose a checkpoint with a fast tokenizer (tokenizer.json)."
+            )
+        # A byte-level tokenizer takes a word without a blank before it for the rest of another word.
+        if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True) is False:
+            tokenizer = load_tokenizer(path, add_prefix_space=True)  # for classes that build this part anew
+            tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True  # for those that read it from tokenizer.json
+        return tokenizer
+
+    @property
+    def collator(self) -> Any:
+        """Examples to tensors (batch, longest); labels of pads are -100."""
+        return DataCollatorForTokenClassification(self.processor)
+
+    @property
+    def example_length(self) -> int:
+        return self._limit(self.max_length)
+
+    def _clean(self, rows: Dataset) -> Dataset:
+        """`words` and, where there are labels, `tags`: lists of one length, and no empty ones."""
+        text = find_column("text_column", self.text_column, WORDS, rows.column_names, self.dataset)
+        label = self._labels_of(rows, [text], TAGS)
+        rows = rows.select_columns([text, *label]).rename_columns({text: "words", **dict.fromkeys(label, "tags")})
+        for column, name in zip(rows.column_names, (text, *label), strict=True):
+            rows = self._parted(rows, column, name)
+        if not label:
+            return rows.select([i for i, words in enumerate(rows["words"][:]) if words], keep_in_memory=True)
+        given = []
+        for index, (words, tags) in enumerate(zip(rows["words"][:], rows["tags"][:], strict=True)):
+            if len(words or ()) != len(tags or ()):
+                raise CompressionError(
+                    f"dataset {self.dataset!r}: row {index} has {len(words or ())} words and {len(tags or ())} labels; mend"
+                    " it, or name the right columns with text_column and label_column."
+                )
+            if any(tag not in HIDDEN for tag in tags or ()):
+                given.append(index)
+        return rows.select(given, keep_in_memory=True)
+
+    def _parted(self, rows: Dataset, column: str, name: str) -> Dataset:
+        """The column as lists; texts are parted at blanks."""
+        kind = rows.features[column]
+        if isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
+            return rows.map(part, fn_kwargs={"column": column}, keep_in_memory=True)
+        if not hasattr(kind, "feature"):
+            field = "text_column" if column == "words" else "label_column"
+            raise CompressionError(
+                f"dataset {self.dataset!r}: column {name!r} holds one thing a row, not a list with one a word; name the right"
+                f" one with {field}."
+            )
+        return rows
+
+    def _keys(self, rows: Dataset) -> Iterable[Hashable]:
+        return (tuple(words) for words in rows["words"][:])
+
+    def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
+        order: dict[Any, int] = {}
+        if self.labelled:
+            values = [tag for rows in (train, held_out) for tags in rows["tags"][:] for tag in tags if tag not in HIDDEN]
+            names = tuple(label_names(train.features["tags"].feature, values, self.dataset))
+            places = self._order(names, path)
+            order = {key: places[index] for index, name in enumerate(names) for key in (index, name)}
+        else:
+            self._order((), path)
+        processor, length, wanted, labelled = self.processor, self._limit(self.max_length), self._wanted(), self.labelled
+
+        def tokens(rows: dict[str, list]) -> dict[str, list]:
+            encoded = processor(rows["words"], is_split_into_words=True, truncation=True, max_length=length)
+            kept = {name: values for name, values in encoded.items() if name in wanted}
+            if not labelled:
+                return kept
+            labels = [first_tokens(encoded.word_ids(row), tags, order) for row, tags in enumerate(rows["tags"])]
+            return {**kept, "labels": labels}
+
+        self._train = self._encoded(train, self.max_train_samples, tokens)
+        self._eval = self._encoded(held_out, self.max_eval_samples, tokens)
+
+    def _counted(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.where(batch["attention_mask"].bool(), 0, IGNORED)
+
+
+def part(row: dict[str, Any], column: str) -> dict[str, Any]:
+    """The row with the text of that column as a list of words."""
+    return {column: (row[column] or "").split()}
+
+
+def first_tokens(word_ids: list[int | None], tags: list[Any], order: dict[Any, int]) -> list[int]:
+    """The label of each token: that of its word for a word's first token, -100 for others and for special tokens."""
+    before = [None, *word_ids]
+    return [
+        IGNORED if word is None or word == last else order.get(tags[word], IGNORED)
+        for word, last in zip(word_ids, before, strict=False)
+    ]
