@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfcompress.errors import CompressionError
@@ -60,19 +61,31 @@ def find(asked: Any, model: Any, task: Any, bits: int | None) -> nn.Module:
             raise CompressionError(
                 "distill: teacher_bits would change your own teacher object; quantise it yourself, or name it by its path."
             )
-        return asked
+        return _filled(asked)
     found: Any
     if asked == CURRENT:
+        if isinstance(model, FSDPModule):
+            raise CompressionError("distill: FSDP holds the student in pieces, and 'current' would copy them; give 'original'.")
         found = copied(model)
     elif asked == ORIGINAL:
         # the drivers keep it, before any method has touched the model
         found = copied(task.original) if bits else task.original
     else:
         found = _load(asked, model, task)
+    _filled(found)
     if bits:
         for name in codable(found, bits):
             swap(found, name, coded(found.get_submodule(name), bits))
     return found
+
+
+def _filled(teacher: nn.Module) -> nn.Module:
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise CompressionError(
+            "distill: only the first process holds the teacher's weights; set fsdp_cpu_ram_efficient_loading to false "
+            "(accelerate's config) or cpu_ram_efficient_loading (fsdp_config)."
+        )
+    return teacher
 
 
 def _load(path: str, model: Any, task: Any) -> nn.Module:
@@ -124,7 +137,7 @@ def fitting(model: Any, teacher: Any, asked: Any, processor: Any) -> Tensor | No
 
 
 def _labels(model: Any, teacher: Any) -> Tensor | None:
-    mine, theirs = model.config.label2id, teacher.config.label2id
+    mine, theirs = _names(model.config), _names(teacher.config)
     if set(mine) != set(theirs):
         raise CompressionError(
             f"distill: the teacher's labels {sorted(theirs)} are not the student's {sorted(mine)}; "
@@ -132,6 +145,11 @@ def _labels(model: Any, teacher: Any) -> Tensor | None:
         )
     columns = torch.tensor([theirs[label] for label in sorted(mine, key=mine.__getitem__)])
     return None if columns.tolist() == list(range(len(columns))) else columns
+
+
+def _names(config: Any) -> dict[str, int]:
+    # A few configs (PVT's) leave unset what the others fill in.
+    return config.label2id or {f"LABEL_{number}": number for number in range(config.num_labels)}
 
 
 def _check_tokenizer(asked: Any, processor: Any) -> None:

@@ -193,7 +193,6 @@ class _Hidden(Layers):
 
     def parts(self, lesson: Lesson) -> Parts:
         mine = self.states(lesson.student, lesson)
-        rows = lesson.positions(self.stack, mine[0].shape[1])
         for number, teacher in enumerate(lesson.teachers):
             theirs = self.states(teacher, lesson)
             pairs = [(one + 1, other + 1) for one, other in self.pairs(len(mine) - 1, len(theirs) - 1)]
@@ -204,6 +203,7 @@ class _Hidden(Layers):
                         f"distill: {self.key}: hidden states have shape {tuple(student.shape)} in the student and "
                         f"{tuple(soft.shape)} in the teacher, and only widths may differ; choose other layers or terms."
                     )
+                rows = lesson.positions(self.stack, student.shape[1])  # fewer from layer to layer in a pyramid
                 fitted = lesson.project(f"{self.key}.{number}.{one}.{other}", student[rows], soft.shape[-1])
                 yield self.apart(fitted, soft[rows]), rows
 
@@ -236,15 +236,20 @@ class _Maps(Layers):
 
     def parts(self, lesson: Lesson) -> Parts:
         mine = self.states(lesson.student, lesson)
-        rows = lesson.positions(self.stack, mine[0].shape[-2])
         for teacher in lesson.teachers:
             theirs = self.states(teacher, lesson)
             for one, other in self.pairs(len(mine), len(theirs)):
+                if len(mine[one]) != len(lesson.weights):
+                    raise CompressionError(
+                        f"distill: {self.key}: {len(mine[one])} attention maps for {len(lesson.weights)} examples: this model "
+                        f"attends within windows; take terms on hidden states, such as hidden_mse."
+                    )
                 if mine[one].shape != theirs[other].shape:
                     raise CompressionError(
                         f"distill: {self.key}: attention maps have {mine[one].shape[1]} heads in the student's layer {one} and "
                         f"{theirs[other].shape[1]} in the teacher's layer {other}; take relations, where heads may differ."
                     )
+                rows = lesson.positions(self.stack, mine[one].shape[-2])
                 yield self.apart(mine[one], theirs[other], rows)[rows], rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tempfile
 import typing
 from collections.abc import Iterable, Iterator
@@ -83,6 +84,11 @@ class Train(Step):
         with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
             arguments = self.arguments(folder)
             transformers_set_seed(arguments.seed)
+            if _shards(arguments):
+                raise CompressionError(
+                    "train: FSDP would leave the model in pieces, and the steps of a recipe need it whole; "
+                    "use DistributedDataParallel, or distil under FSDP in a script of your own."
+                )
             check_riders(self.riders, arguments)
             trained = any(parameter.requires_grad for parameter in model.parameters())
             if not trained and not any(rider.adds_parameters for rider in self.riders):
@@ -224,6 +230,11 @@ def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> Non
                 f"{method.key()}: load_best_model_at_end would bring back a checkpoint from before its units had faded out; "
                 f"set load_best_model_at_end=False, or prune before training."
             )
+        if not method.replaces_loss and _shards(arguments):
+            raise CompressionError(
+                f"{method.key()}: FSDP leaves every process a piece of each weight, and only distill may ride along; "
+                f"use DistributedDataParallel, or a step of its own before or after this training."
+            )
         if method.key() == "adapters" and arguments.load_best_model_at_end:
             raise CompressionError(
                 "adapters: checkpoints hold the adapter alone, and load_best_model_at_end looks for models; set it to False."
@@ -242,6 +253,11 @@ def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> Non
             raise CompressionError(
                 f"{method.key()}: label_smoothing_factor takes the labels away and would ignore this loss; set it to 0."
             )
+
+
+def _shards(arguments: TrainingArguments) -> bool:
+    """Whether FSDP was asked for, by the arguments or by `accelerate launch`."""
+    return bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 class CompressionCallback(_Ticking):
