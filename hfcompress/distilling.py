@@ -40,6 +40,7 @@ class Distilling:
         self._projections: dict[str, nn.Linear] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._logs: dict[str, list[Tensor]] = {}
+        self._weights: list[Tensor] = []
         self._steps = self._reached = 0
         self._autocast: dict[str, Any] = {"enabled": False}
         self._relations: list[_Relations] = []
@@ -120,7 +121,8 @@ class Distilling:
         mine = lesson.weights.sum().clamp_min(1)
         values = {term.key: lesson.mean(term.parts(lesson)) for term in self._method.summands}
         for key, value in values.items():
-            self._logs.setdefault(f"distill/{key}", []).append(value.detach() / mine)
+            self._logs.setdefault(f"distill/{key}", []).append(value.detach())
+        self._weights.append(mine)
         loss = torch.stack([term.weight * values[term.key] for term in self._method.summands]).sum()
         loss = loss / (mine if total is None else total)
         self._steps += 1
@@ -145,8 +147,8 @@ class Distilling:
             self._share_gradients()
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        told = {name: torch.stack(values).mean() for name, values in self._logs.items()}
-        self._logs = {}
+        told = {name: torch.stack(values).sum() / torch.stack(self._weights).sum() for name, values in self._logs.items()}
+        self._logs, self._weights = {}, []
         return told or None
 
     def _project(self, name: str, hidden: Tensor, width: int) -> Tensor:

@@ -133,9 +133,7 @@ def check_together(methods: Iterable[Method]) -> None:
     """Adapters stand where the layers were that others would cut, factor or code; and a model has one loss."""
     keys = [method.key() for method in methods]
     if keys.count("distill") > 1:
-        raise CompressionError(
-            "distill: it is listed twice, and a model has one loss; give one all teachers and terms."
-        )
+        raise CompressionError("distill: it is listed twice, and a model has one loss; give one all teachers and terms.")
     others = [key for key in keys if key in ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize")]
     if "adapters" in keys and others:
         raise CompressionError(
