@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from hfcompress import Distill, Student, Train, riding
 from hfcompress.anatomy import layer_stacks
-from hfcompress.recipe import Recipe
+from hfcompress.recipe import Recipe, shipped_recipes
 from tests.lessons import VOCAB, batch, pupil
+from tests.tiny import TOPICS, tiny_checkpoint, tiny_model, tiny_texts
 
 
 def trained(recipe: str) -> list[Train]:
@@ -127,3 +130,31 @@ def test_what_distil_t5_does_is_done_to_whisper_too() -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".layers." in name and "k_proj.bias" not in name:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_tinybert_from_a_general_one_learns_layers_first_and_answers_then(tmp_path: Path) -> None:
+    """What the recipe's first lines say: no student, a small model, and the teacher by its name."""
+    names = dict(enumerate(sorted(TOPICS)))
+    labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    tiny_texts(tmp_path / "texts", each=12)
+    tiny_checkpoint(tmp_path / "teacher", "bert", layers=4, hidden_size=128, **labels)
+    tiny_checkpoint(tmp_path / "general", "bert")
+    tiny_model("bert").bert.save_pretrained(tmp_path / "general")  # no head
+    raw = yaml.safe_load(shipped_recipes()["tinybert"].read_text())
+    raw |= {"model": str(tmp_path / "general"), "steps": raw["steps"][1:]}
+    raw["task"]["dataset"] = str(tmp_path / "texts")
+    for step in raw["steps"]:
+        step["train"] |= {"epochs": 3, "bf16": False}
+        step["train"]["with"][0]["distill"]["teacher"] = str(tmp_path / "teacher")
+    recipe = Recipe.from_dict(raw)
+    model = recipe.task.load_model(recipe.model)
+
+    def weights() -> list[Tensor]:
+        return [model.classifier.weight.clone(), model.bert.encoder.layer[-1].output.dense.weight.clone()]
+
+    seen = [weights()]
+    for step in recipe.steps:
+        step.run(model, recipe.task)
+        seen.append(weights())
+    told = [[torch.equal(*pair) for pair in zip(one, other, strict=True)] for one, other in itertools.pairwise(seen)]
+    assert told == [[True, False], [False, False]]
