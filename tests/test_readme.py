@@ -96,6 +96,10 @@ def test_the_table_names_methods_that_exist() -> None:
     }
 
 
+def test_the_recipes_that_ship_are_listed() -> None:
+    assert sorted(re.findall(r"\(recipes/([\w-]+)\.yaml\)", README)) == sorted(shipped_recipes())
+
+
 def test_the_table_and_the_picture_are_those_of_a_committed_report() -> None:
     from hfcompress.report import Report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def test_a_shipped_recipe_opens_with_what_it_buys_and_the_command(name: str) -> 
     head = [line for line in shipped_recipes()[name].read_text().splitlines() if line.startswith("#")]
     for word in ("Buys:", "Costs:", f"Run:   hfcompress run {name}", "Needs:"):
         assert any(line.startswith(f"# {word}") for line in head), word
+    for line in head:
+        if line.startswith("# Run:"):
+            _, run, *words = shlex.split(line.partition("Run:")[2])
+            assert run == "run" and Recipe.load(words[0], words[1:])
 
 
 @pytest.mark.parametrize("method", [method for methods in METHOD_ROWS.values() for method in methods], ids=str)

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hfcompress.loop as loop
 from hfcompress import CompressionError, Recipe, compress
 from hfcompress.artifact import load
 from hfcompress.recipe import shipped_recipes
 from hfcompress.report import Report
-from tests.tiny import TOPICS, tiny_checkpoint, tiny_model, tiny_texts
+from tests.tiny import TOPICS, WORDS, tiny_checkpoint, tiny_images, tiny_model, tiny_texts
 
 ROOT = Path(__file__).parent.parent
 TRAIN = {"epochs": 3, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "bf16": False}
@@ -36,6 +36,25 @@ def place(tmp_path_factory: Any) -> Path:
     tiny_checkpoint(folder / "distilbert", "distilbert", layers=4)
     tiny_checkpoint(folder / "llama", "llama")
     return folder
+
+
+@pytest.fixture(scope="module")
+def families(place: Path) -> Path:
+    """Deeper models of every family a recipe is for, images, and pairs of texts."""
+    tiny_checkpoint(place / "bert-12", "bert", "masked-lm", layers=12)
+    tiny_checkpoint(place / "bert-4", "bert", layers=4)
+    tiny_checkpoint(place / "llama-4", "llama", layers=4)
+    tiny_checkpoint(place / "t5", "t5", layers=4)
+    tiny_checkpoint(place / "vit", "vit", layers=4)
+    tiny_model("vit", layers=4).vit.save_pretrained(place / "vit")  # no head yet, as with bert
+    tiny_images(place / "images")
+    rows = [
+        {"document": f"the {word} of the cat and the {other}", "summary": f"a {word} for {other}"}
+        for word in WORDS
+        for other in WORDS[:3]
+    ]
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return place
 
 
 def recipe(place: Path, kind: str = "bert", **change: Any) -> Recipe:
@@ -202,27 +221,65 @@ def test_two_processes_train_write_once_and_report_once(place: Path) -> None:
     assert model(**recipe(place).task.open(str(place / "bert")).example(2)).logits.shape == (2, 3)
 
 
-TINY = {
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": ("bert", {"steps.4.train.epochs": 1, "steps.3.low_rank.rank": 8}),
     "bert-cpu": ("distilbert", {"steps.2.train.epochs": 1}),
     "distil-half": ("distilbert", {"steps.1.train.epochs": 1}),
+    "distil-task": ("distilbert", {"steps.1.train.epochs": 1}),
+    "distilbert": ("bert-12", {"steps.1.train.epochs": 0.5, "steps.1.train.gradient_accumulation_steps": 4}),
+    "minilm": (
+        "bert-12",
+        {
+            "task.line_by_line": False,
+            "steps.0.student.config": "{hidden_size: 32, num_attention_heads: 2, intermediate_size: 64}",
+            "steps.1.train.with.0.distill.terms.0.relations.heads": 8,
+            "steps.1.train.max_steps": 3,
+            "steps.1.train.gradient_accumulation_steps": 2,
+        },
+    ),
+    "tinybert": (
+        "bert-4",
+        {
+            "steps.0.student.architecture": "{model_type: bert, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, "
+            "intermediate_size: 48}",
+            "steps.1.train.epochs": 1,
+            "steps.2.train.epochs": 1,
+        },
+    ),
+    "distil-llm": ("llama-4", {"task.block_size": 32, "steps.0.student.number": 3}),
+    "distil-vit": (
+        "vit",
+        {"steps.0.student.number": 2, "steps.1.train.epochs": 1, "steps.1.train.per_device_train_batch_size": 8},
+    ),
+    "distil-t5": ("t5", {"steps.0.student.number": 2, "steps.1.train.epochs": 1}),
     "llm-nf4": ("llama", {"task.block_size": 32}),
     "llm-low-rank": ("llama", {"task.block_size": 32}),
 }
+DATA = {"image-classification": "images", "seq2seq-lm": "pairs.jsonl"}
+
+
+def tiny_recipe(name: str, families: Path) -> Recipe:
+    """A shipped recipe as it is, but for the model, the data, and sizes and lengths to match."""
+    kind, changes = TINY[name]
+    task = Recipe.load(name).task.name  # type: ignore[attr-defined]
+    data = f"task={{name: {task}, dataset: {families / DATA.get(task, 'texts')}}}"
+    return Recipe.load(name, [f"model={families / kind}", data, *(f"{key}={value}" for key, value in changes.items())])
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_family(name: str, place: Path) -> None:
-    kind, changes = TINY[name]
-    task = f"task={{name: {'causal-lm' if kind == 'llama' else 'text-classification'}, dataset: {place / 'texts'}}}"
-    overrides = [f"model={place / kind}", task, *(f"{key}={value}" for key, value in changes.items())]
-    chosen = Recipe.load(name, overrides)
-    report = compress(chosen, place / "recipes" / name)
+def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_family(name: str, families: Path) -> None:
+    chosen, out = tiny_recipe(name, families), families / "recipes" / name
+    report = compress(chosen, out)
     assert len(report.rows) == len(chosen.steps) + 1
-    auto = AutoModelForCausalLM if kind == "llama" else AutoModelForSequenceClassification
-    model = auto.from_pretrained(place / "recipes" / name)
-    if kind == "llama":
-        text = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(place / "recipes" / name))
+    model = chosen.task.auto_class.from_pretrained(out)
+    if any(step.key() == "student" for step in chosen.steps):
+        assert model.num_parameters() == report.rows[-1].parameters < report.rows[0].parameters
+        assert "quantization_config" not in json.loads((out / "config.json").read_text()), "plain transformers loads it"
+        untrained = chosen.task.load_model(chosen.model)
+        chosen.steps[0].run(untrained, chosen.task)
+        assert any(not torch.equal(one, other) for one, other in zip(untrained.parameters(), model.parameters(), strict=True))
+    if chosen.task.auto_class is AutoModelForCausalLM:
+        text = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(out))
         assert text("the goal of", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("the goal of")
 
 
@@ -372,7 +429,8 @@ def test_an_error_is_one_sentence_and_no_traceback(place: Path) -> None:
 
 
 def test_list_copy_validate_schema(tmp_path: Path) -> None:
-    assert all(name in cli("list").stdout for name in shipped_recipes())
+    listed = cli("list").stdout
+    assert all(name in listed for name in shipped_recipes())
     assert cli("copy", "quickstart", str(tmp_path / "mine.yaml")).returncode == 0
     assert (tmp_path / "mine.yaml").read_bytes() == shipped_recipes()["quickstart"].read_bytes()
     assert "exists; choose another name" in cli("copy", "quickstart", str(tmp_path / "mine.yaml")).stderr
