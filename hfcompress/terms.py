@@ -88,26 +88,17 @@ class SoftTargets(Term):
 
 class KL(SoftTargets):
     __doc__ = losses.kl.__doc__
-    key = "kl"
-
-    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return losses.kl(student, teacher)
+    key, divergence = "kl", staticmethod(losses.kl)
 
 
 class SoftCrossEntropy(SoftTargets):
     __doc__ = losses.soft_cross_entropy.__doc__
-    key = "soft_cross_entropy"
-
-    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return losses.soft_cross_entropy(student, teacher)
+    key, divergence = "soft_cross_entropy", staticmethod(losses.soft_cross_entropy)
 
 
 class ReverseKL(SoftTargets):
     __doc__ = losses.reverse_kl.__doc__
-    key = "reverse_kl"
-
-    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return losses.reverse_kl(student, teacher)
+    key, divergence = "reverse_kl", staticmethod(losses.reverse_kl)
 
 
 class JensenShannon(SoftTargets):
