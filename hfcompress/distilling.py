@@ -14,9 +14,9 @@ from hfcompress.anatomy import anatomy
 from hfcompress.errors import CompressionError
 from hfcompress.fused import ASKED, as_fused, unfused
 from hfcompress.layers import quiet_casts
-from hfcompress.lesson import Lesson, Related, problems
+from hfcompress.lesson import Lesson, Related, common, problems
 from hfcompress.signals import Signals, fingerprint
-from hfcompress.teachers import Teacher, find, fitting, unwrapped
+from hfcompress.teachers import Teacher, find, fitting, labels_of, unwrapped
 from hfcompress.terms import Layers, SoftTargets, Term
 
 
@@ -26,6 +26,7 @@ class Distilling:
     def __init__(self, method: Any, model: Any, task: Any) -> None:
         self._method, self._model, self._core = method, model, unwrapped(model)
         self._is_resumed = getattr(task, "is_resumed", False)
+        self._can_cache = "use_cache" in inspect.signature(self._core.forward).parameters
         _check_kind(self._core, method.summands)
         self._teachers: list[Teacher] = []
         processor = getattr(task, "processor", None) if method.teachers else None
@@ -35,8 +36,6 @@ class Distilling:
         self._asked = {
             f"output_{term.needs}": True for term in method.summands if term.needs in ("hidden_states", "attentions")
         }
-        for teacher in self._teachers if method.wants_attentions else ():
-            teacher.model.set_attn_implementation("eager")
         self._projections: dict[str, nn.Linear] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._logs: dict[str, list[Tensor]] = {}
@@ -53,6 +52,9 @@ class Distilling:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         self._take_over()
+        used = [teacher.model.config._attn_implementation for teacher in self._teachers]
+        for teacher in self._teachers if self._method.wants_attentions else ():
+            teacher.model.set_attn_implementation("eager")
         handles = [
             self._model.register_forward_pre_hook(self._ask, with_kwargs=True),
             self._model.register_forward_hook(self._distilled, with_kwargs=True),
@@ -70,6 +72,9 @@ class Distilling:
                 handle.remove()
             for relations in self._relations:
                 relations.remove()
+            # a teacher may be the very model that results are compared with, in time too
+            for teacher, implementation in zip(self._teachers, used, strict=True) if self._method.wants_attentions else ():
+                teacher.model.set_attn_implementation(implementation)
 
     def _take_over(self) -> None:
         """A training that was interrupted left its hooks on the model: nobody tells a callback that train() raised."""
@@ -79,7 +84,13 @@ class Distilling:
                     del hooks[number]
 
     def _ask(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (args, unfused({**kwargs, **self._asked})) if student.training and torch.is_grad_enabled() else None
+        if not (student.training and torch.is_grad_enabled()):
+            return None
+        for relations in self._relations:
+            relations.is_watching = True
+        # As the Trainer has it, and the teacher: with a cache, transformers doesn't tell the texts of a packed row apart.
+        spare = {"use_cache": False} if self._can_cache and not args else {}
+        return args, unfused({**spare, **kwargs, **self._asked})
 
     def _notice(self, module: nn.Module, args: Any) -> None:
         kind = next(self._model.parameters()).device.type
@@ -124,11 +135,19 @@ class Distilling:
             self._logs.setdefault(f"distill/{key}", []).append(value.detach())
         self._weights.append(mine)
         loss = torch.stack([term.weight * values[term.key] for term in self._method.summands]).sum()
-        loss = loss / (mine if total is None else total)
+        # a whole accumulated batch without a label has a total of 0
+        loss = loss / (mine if total is None else torch.as_tensor(total, device=mine.device).clamp_min(1))
+        if (auxiliary := self._balance(lesson.student)) is not None:
+            loss = loss + auxiliary * (1 if total is None else mine / total)
         self._steps += 1
         if loss.requires_grad:
             loss.register_hook(self._reach)
         return loss
+
+    def _balance(self, output: Any) -> Tensor | None:
+        """What keeps the experts of a mixture in use: its model adds it to the loss that is replaced here."""
+        weight, found = getattr(self._core.config, "router_aux_loss_coef", None), getattr(output, "aux_loss", None)
+        return weight * found if weight and isinstance(found, Tensor) else None
 
     def _reach(self, gradient: Tensor) -> None:
         self._reached += 1
@@ -145,7 +164,8 @@ class Distilling:
         self._steps = self._reached = 0
         if self._optimizer is not None:
             self._share_gradients()
-            self._optimizer.step()
+            if self._is_finite():
+                self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         told = {name: torch.stack(values).sum() / torch.stack(self._weights).sum() for name, values in self._logs.items()}
         self._logs, self._weights = {}, []
@@ -171,6 +191,11 @@ class Distilling:
                 self._optimizer.add_param_group({"params": list(made.parameters())})
         return self._projections[name](hidden.float())
 
+    def _is_finite(self) -> bool:
+        """float16's scaled loss overflows now and then; the Trainer's own optimizer leaves such a step out too."""
+        grads = [one.weight.grad for one in self._projections.values() if one.weight.grad is not None]
+        return not grads or bool(torch.stack([grad.isfinite().all() for grad in grads]).all())
+
     def _share_gradients(self) -> None:
         """What DistributedDataParallel does for the student's own weights."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -186,6 +211,7 @@ class Distilling:
         temperatures = {(term.temperature or method.temperature) for term in soft if isinstance(term, SoftTargets)}
         plan = {
             "teachers": [fingerprint(teacher.model) for teacher in self._teachers],
+            "labels": labels_of(self._core),
             "positions": "all" if any(getattr(term, "positions", "labels") == "all" for term in soft) else "labels",
             "top_k": method.top_k if all(isinstance(term, SoftTargets) for term in soft) else 10**9,
             "temperatures": sorted(temperatures),
@@ -204,7 +230,7 @@ class Distilling:
             raise CompressionError(
                 f"distill: cache stores classes, and {type(self._core).__name__} answers with positions; leave cache out."
             )
-        return found[0], [answer.logits for answer in answers]
+        return found[0], common([answer.logits for answer in answers])
 
 
 class _Relations:
@@ -215,8 +241,10 @@ class _Relations:
         self._layers = (len(mine.layers), len(theirs.layers))
         self._heads = theirs.layers[0].heads.count
         pairs = [pair for term in terms for pair in term.pairs(*self._layers)]
+        self._expected = {pair[0] for pair in pairs}
         self._seen: tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Tensor]]] = ({}, {})
         self._handles: list[Any] = []
+        self.is_watching = False
         for side, (model, where) in enumerate(((student, mine), (teacher, theirs))):
             for layer in {pair[side] for pair in pairs}:
                 units = where.layers[layer].heads
@@ -226,12 +254,18 @@ class _Relations:
 
     def _watch(self, side: int, layer: int, kinds: tuple[str, ...]) -> Any:
         def watch(module: nn.Module, args: Any, output: Tensor) -> None:
-            if torch.is_grad_enabled() or side:  # not the second, silent pass of gradient checkpointing
+            if side or (self.is_watching and torch.is_grad_enabled()):  # backward runs checkpointed layers once more
                 self._seen[side].setdefault(layer, {}).update(zip(kinds, output.chunk(len(kinds), dim=-1), strict=True))
 
         return watch
 
     def seen(self) -> Related:
+        self.is_watching = False
+        if self._expected - set(self._seen[0]):
+            raise CompressionError(
+                "distill: relations: gradient checkpointing with use_reentrant hides the layers; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         related = Related(dict(self._seen[0]), dict(self._seen[1]), self._layers, self._heads)
         for side in self._seen:
             side.clear()

@@ -113,7 +113,7 @@ class Lesson:
     def _teachers(self, problem: Problem, rows: Tensor) -> list[Tensor]:
         if self.recorded is not None:
             kept = rows[self.recorded.rows]
-            return [one[kept] for one in self.recorded.logits]
+            return common([one[kept] for one in self.recorded.logits])
         found = [getattr(teacher, problem.answer) for teacher in self.teachers]
         if problem.answer != "logits":
             found = [hide_padding(one, self.inputs) for one in found]
@@ -122,19 +122,27 @@ class Lesson:
                 f"distill: the teacher answers for {tuple(found[0].shape[: rows.dim()])} rows and the student for "
                 f"{tuple(rows.shape)}; take a teacher that cuts its input into the same positions."
             )
-        return [one[rows] for one in found]
+        return common([one[rows] for one in found])
 
     def positions(self, stack: str, length: int) -> Tensor:
         """(B, length), bool: which positions of a stack are not padding."""
         problem = self.problems[0]
         if self.is_encoder_decoder and stack == "decoder":
-            given: Any = problem.attended if problem.attended.dim() == 2 else None
+            given: Any = problem.attended if problem.attended.dim() == 2 else self.inputs.get("decoder_attention_mask")
+            if given is None and problem.attended.dim() == 1:  # classifiers show the decoder the same text
+                given = self.inputs.get("attention_mask")
         else:
             given = self.inputs.get("attention_mask")
         if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == length:
             return given.bool()
         # Images have no padding, and audio encoders halve the length of their mask.
         return torch.ones(len(self.weights), length, dtype=torch.bool, device=self.weights.device)
+
+
+def common(answers: list[Tensor]) -> list[Tensor]:
+    """The classes that all of several teachers have: vocabularies are padded to round sizes."""
+    fewest = min(one.shape[-1] for one in answers)
+    return [one[..., :fewest] for one in answers]
 
 
 def foretells_next(model: Any) -> bool:
@@ -177,6 +185,8 @@ def _examples(model: Any, logits: Tensor, labels: Tensor | None) -> tuple[list[P
         kind = "labels"
     else:
         kind = "classes"
+    if labels is not None and kind == "classes":
+        labels = labels.reshape(len(logits))  # (B, 1) will do for the models too
     known = everyone if labels is None or kind != "classes" else labels != IGNORED
     # The Trainer counts every label of an example that has several.
     worth = 1 if labels is None else labels[0].numel()
@@ -207,6 +217,8 @@ def _tokens(model: Any, inputs: dict[str, Any], logits: Tensor, labels: Tensor |
         known = labels != IGNORED
     else:
         known = F.pad(attended, (0, 1))[:, 1:] if shift else attended
+    if shift:
+        known = known & attended  # padding on the left foretells the first token, and knows nothing
     weights = known.sum(dim=1).float() if labels is not None else torch.ones(len(logits), device=logits.device)
     return [Problem("logits", "classes", logits, attended, known, labels)], weights
 

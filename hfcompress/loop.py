@@ -49,9 +49,10 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
         tell(f"step {number} of {len(recipe.steps)}: {step}")
         started = time.monotonic()
         with explained(f"step {number} of {len(recipe.steps)}, {step.key()}"):
-            without = _control(step, model, task, tell) if recipe.control else None
+            doing = step.seeded(recipe.seed) if isinstance(step, Train) else step
+            without = _control(doing, model, task, tell) if recipe.control else None
             started += without["seconds"] if without else 0
-            step.run(model, task)
+            doing.run(model, task)
         model.eval()
         _record(recipe, task, model, report, step.label, number, work, time.monotonic() - started, without)
     tell("saving, and proving it by a load in a fresh process")

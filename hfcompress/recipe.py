@@ -11,7 +11,7 @@ from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
 
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.methods import METHODS, Distill, Method, Step
-from hfcompress.methods.base import Fields
+from hfcompress.methods.base import Fields, check_together
 from hfcompress.tasks import TASKS, Task
 from hfcompress.train import Train, training_fields
 
@@ -33,7 +33,7 @@ class Recipe(Fields):
     task: SerializeAsAny[InstanceOf[Task]]
     steps: tuple[SerializeAsAny[InstanceOf[Step]], ...] = Field(min_length=1)
     goal: Goal | None = None
-    seed: int = Field(42, ge=0, description="Of new heads, data order and dropout.")
+    seed: int = Field(42, ge=0, description="Of data order and dropout, where a train step has no seed of its own.")
     output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
     push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")
     control: bool = Field(False, description="Also train without the teacher, so that the report tells whether it helped.")
@@ -262,6 +262,11 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
         touching = ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize", "adapters", "student")
         if "adapters" in keys and (clash := [key for key in keys if key in touching[:5]]):
             mistakes.append(f"steps.{number}: adapters can't ride along with {clash[0]}; do {clash[0]} in a step before.")
+        else:
+            try:
+                check_together([rider for rider in riders if rider is not None])
+            except CompressionError as error:
+                mistakes.append(f"steps.{number}: {error}")
         if adapted is not None and step is not None and any(key in touching for key in (step.key(), *keys)):
             mistakes.append(
                 f"steps.{number}: the adapter of steps.{adapted} is kept, and only cast may follow it; set merge: true there."

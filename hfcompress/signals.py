@@ -12,10 +12,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from uuid import uuid4
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -26,7 +27,7 @@ from hfcompress.lesson import Problem, Recorded
 from hfcompress.losses import IGNORED
 from hfcompress.processes import processes
 
-FORMAT = 1
+FORMAT = 2
 BATCHES_A_SHARD = 32
 
 
@@ -40,6 +41,9 @@ def keys(model: Any, inputs: dict[str, Any]) -> list[bytes]:
         )
     labels = inputs.get("labels")
     tokens = labels if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() else None
+    main = main.cpu()  # once, not once an example
+    mask = mask.cpu() if isinstance(mask, Tensor) else None
+    tokens = None if tokens is None else tokens.cpu()
     aligned = isinstance(mask, Tensor) and mask.shape[:2] == main.shape[:2]
     found = []
     for row in range(len(main)):
@@ -49,6 +53,7 @@ def keys(model: Any, inputs: dict[str, Any]) -> list[bytes]:
             kept.append(tokens[row][mask[row].bool()] if same else tokens[row][tokens[row] != IGNORED])  # type: ignore[index]
         told = hashlib.blake2b(digest_size=16)
         for tensor in kept:
+            told.update(f"{tuple(tensor.shape)}".encode())  # [7, 8], [9] is not [7], [8, 9]
             told.update(_bytes(tensor))
         found.append(told.digest())
     return found
@@ -72,7 +77,7 @@ class Signals:
     """A folder of recorded answers. `plan` tells what they are answers to, and must be the same when they are used."""
 
     def __init__(self, folder: str | Path, plan: dict[str, Any]) -> None:
-        self._folder, self._plan = Path(folder), {"format": FORMAT, **plan}
+        self._folder, self._plan = Path(folder).expanduser(), {"format": FORMAT, **plan}
         self._found: dict[bytes, tuple[Any, int, int]] = {}
 
     @property
@@ -80,13 +85,14 @@ class Signals:
         """Whether all was recorded. CompressionError if the folder holds answers to something else."""
         manifest = self._folder / "manifest.json"
         if not manifest.is_file():
-            if self._folder.is_dir() and any(self._folder.iterdir()):
+            if self._folder.is_dir() and any(one.suffix != ".partial" for one in self._folder.iterdir()):
                 self._refuse("holds something else", "choose another folder")
             return False
         try:
             told = json.loads(manifest.read_text(encoding="utf-8"))
-            complete = told.pop("shards", None)
-        except (json.JSONDecodeError, AttributeError):
+        except ValueError:
+            told = None
+        if not isinstance(told, dict) or not isinstance(complete := told.pop("shards", None), int | None):
             self._refuse("has no readable manifest", "delete the folder")
         for key, value in self._plan.items():
             if told.get(key) != value:
@@ -102,6 +108,7 @@ class Signals:
         """Ask the teachers once: `answer(batch)` gives what was asked and each teacher's logits. Shards appear whole or not at
         all, and those that exist are kept, so a killed run goes on; several processes share the work."""
         state, waiting, number = processes(), iter(batches), 0
+        state.wait_for_everyone()  # who looks whether there is a record must not find one just begun
         if state.is_main_process:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest({})
@@ -112,7 +119,7 @@ class Signals:
             if number % state.num_processes == state.process_index and not path.is_file():
                 rows = [self._rows(batch, *answer(batch), model) for batch in group]
                 whole = {name: torch.cat([one[name] for one in rows]) for name in rows[0]}
-                unfinished = path.with_suffix(f".{state.process_index}.partial")
+                unfinished = path.with_suffix(f".{uuid4().hex}.partial")  # another run may be recording the same
                 save_file(whole, unfinished)
                 unfinished.rename(path)
             bar.update(len(group))
@@ -124,7 +131,7 @@ class Signals:
         state.wait_for_everyone()
 
     def _rows(self, batch: dict[str, Tensor], problem: Problem, answers: list[Tensor], model: Any) -> dict[str, Tensor]:
-        rows = problem.rows(self._plan["positions"])
+        rows = self._recorded(problem)
         told = [torch.tensor(list(key), dtype=torch.uint8) for key in keys(model, batch)]
         found = {"keys": torch.stack(told), "counts": rows.reshape(len(rows), -1).sum(dim=1)}
         kept, most = [answer[rows] for answer in answers], self._plan["top_k"]
@@ -141,7 +148,10 @@ class Signals:
         """Find out where every example lies; answers are read from disk when they are asked for."""
         shards = json.loads((self._folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
         for number in range(shards):
-            shard = safe_open(self._shard(number), framework="pt")
+            try:
+                shard = safe_open(self._shard(number), framework="pt")
+            except SafetensorError:
+                self._refuse(f"has a damaged file, {self._shard(number).name}", "delete that file, to record it again")
             start = 0
             for key, count in zip(shard.get_tensor("keys"), shard.get_tensor("counts").tolist(), strict=True):
                 self._found[bytes(key.tolist())] = (shard, start, start + count)
@@ -164,11 +174,15 @@ class Signals:
         found = {name: torch.cat([one[name] for one in parts]).to(device) for name in parts[0]}
         index = found.pop("index", None)
         return Recorded(
-            rows=problem.rows(self._plan["positions"]),
+            rows=self._recorded(problem),
             logits=[found[name] for name in sorted(found) if name.startswith("logits.")],
             index=None if index is None else index.long(),
             log_probs={float(name[10:]): logs for name, logs in found.items() if name.startswith("log_probs.")},
         )
+
+    def _recorded(self, problem: Problem) -> Tensor:
+        """Of examples all: which of them have a label may be otherwise another time."""
+        return problem.attended if problem.attended.dim() == 1 else problem.rows(self._plan["positions"])
 
     def _parts(self, told: list[bytes]) -> Iterator[dict[str, Tensor]]:
         for key in told:
@@ -185,9 +199,9 @@ class Signals:
         return self._folder / f"signals-{number:05d}.safetensors"
 
     def _write_manifest(self, more: dict[str, Any]) -> None:
-        unfinished = self._folder / "manifest.partial"
+        unfinished = self._folder / f"manifest.{uuid4().hex}.partial"
         unfinished.write_text(json.dumps({**self._plan, **more}, indent=2) + "\n", encoding="utf-8")
         unfinished.rename(self._folder / "manifest.json")
 
-    def _refuse(self, what: str, mend: str) -> None:
+    def _refuse(self, what: str, mend: str) -> NoReturn:
         raise CompressionError(f"distill: cache {str(self._folder)!r} {what}; {mend}.")

@@ -22,10 +22,15 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def copied(model: nn.Module) -> Any:
-    """A frozen copy in eval mode. A forward that a library put on the object is left behind: it may call the original."""
+    """A frozen copy in eval mode. A forward that a library put on the object is left behind, as it may call the original, and
+    so are gates."""
     copy = deepcopy(model)
     if "forward" in vars(copy) and not hasattr(copy, "_hf_hook"):
         del copy.forward
+    for module in copy.modules():  # deepcopy shares functions: gates would go on fading in the copy
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "is_gate", False):
+                del module._forward_pre_hooks[number]
     return copy.eval().requires_grad_(False)
 
 
@@ -94,6 +99,7 @@ def gate(model: nn.Module, units: Units, gates: Callable[[Tensor], Tensor]) -> t
         scaled = x.unflatten(-1, (units.count, units.size)) * gates(x)
         return (scaled.flatten(-2).to(x.dtype), *inputs[1:])
 
+    scale.is_gate = True  # type: ignore[attr-defined]
     return model.get_submodule(units.output).register_forward_pre_hook(scale)
 
 

@@ -37,7 +37,7 @@ class Teacher:
         needs_labels = self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs
         dropped = {"num_items_in_batch", "shift_labels", "start_positions", "end_positions"}
         dropped |= set() if needs_labels else {"labels"}
-        given = {name: value for name, value in inputs.items() if name not in dropped and self._knows(name)}
+        given = {name: self._cast(value) for name, value in inputs.items() if name not in dropped and self._knows(name)}
         if "use_cache" in self._accepted:
             given["use_cache"] = False
         with torch.no_grad():
@@ -45,6 +45,12 @@ class Teacher:
         if self.columns is not None:
             output.logits = output.logits[..., self.columns.to(output.logits.device)]
         return output
+
+    def _cast(self, value: Any) -> Any:
+        """Sounds and images come at the student's precision, which may be another one."""
+        dtype = getattr(self.model, "dtype", None)
+        is_real = isinstance(value, Tensor) and value.is_floating_point() and dtype is not None and dtype.is_floating_point
+        return value.to(dtype) if is_real else value
 
     def _knows(self, name: str) -> bool:
         return name in self._accepted or self._accepted <= {"args", "kwargs", "self"}
@@ -147,9 +153,19 @@ def _labels(model: Any, teacher: Any) -> Tensor | None:
     return None if columns.tolist() == list(range(len(columns))) else columns
 
 
+def labels_of(model: Any) -> list[str] | None:
+    """The classes of a classifier, in their order."""
+    if not type(unwrapped(model)).__name__.endswith("Classification"):
+        return None
+    names = _names(model.config)
+    return sorted(names, key=names.__getitem__)
+
+
 def _names(config: Any) -> dict[str, int]:
-    # A few configs (PVT's) leave unset what the others fill in.
-    return config.label2id or {f"LABEL_{number}": number for number in range(config.num_labels)}
+    # Either may be unset, or be the default beside the other; id2label is what a class is called by.
+    default = {f"LABEL_{number}": number for number in range(config.num_labels)}
+    told = {str(name): int(number) for number, name in (config.id2label or {}).items()}
+    return told if told and told != default else config.label2id or default
 
 
 def _check_tokenizer(asked: Any, processor: Any) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, model_serializer
+from pydantic import Field, field_validator, model_serializer
 from torch import Tensor
 
 from hfcompress import losses
@@ -27,7 +27,7 @@ class Term(Fields):
     key: ClassVar[str]
     needs: ClassVar[Literal["labels", "logits", "hidden_states", "attentions", "relations"]]
 
-    weight: NonNegativeFloat = Field(1.0, description="What the term is multiplied with.")
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="What the term is multiplied with.")
 
     @model_serializer(mode="wrap")
     def _as_written(self, fields: Any) -> Any:
@@ -70,7 +70,9 @@ class SoftTargets(Term):
 
     needs = "logits"
 
-    temperature: float | None = Field(None, gt=0, description="Softens both distributions; distill's own if absent.")
+    temperature: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Softens both distributions; distill's own if absent."
+    )
     positions: Literal["labels", "all"] = Field(
         "labels", description="Token tasks: the positions that have a label, or all that are not padding."
     )
@@ -147,6 +149,13 @@ class Layers(Term):
         "or student layer: teacher layer, counted from 0.",
     )
     stack: Literal["encoder", "decoder"] = Field("decoder", description="Of an encoder-decoder: which of its stacks.")
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, given: Any) -> Any:
+        if given == {}:
+            raise ValueError("no layers are named; write student layer: teacher layer, or even, or last")
+        return given
 
     def pairs(self, student: int, teacher: int) -> list[tuple[int, int]]:
         """(student's layer, teacher's layer) of stacks that have so many."""

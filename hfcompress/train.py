@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import reduce
@@ -79,6 +80,10 @@ class Train(Step):
         """The same training without distillation, to compare with; None if there is no teacher in it."""
         rest = tuple(rider for rider in self.riders if not (isinstance(rider, Distill) and rider.teachers))
         return None if len(rest) == len(self.riders) else self.model_copy(update={"riders": rest})
+
+    def seeded(self, seed: int) -> Train:
+        """With this seed, unless it has one of its own."""
+        return self if "seed" in (self.model_extra or {}) else self.model_copy(update={"seed": seed})
 
     def run(self, model: nn.Module, task: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
@@ -175,23 +180,25 @@ class _Ticking(TrainerCallback):
     """Calls ticks after every optimizer step, and logs what they tell beside the loss: the mean since it was last logged."""
 
     def __init__(self, *ticks: Tick) -> None:
-        self._ticks, self._told = list(ticks), dict[str, list[Tensor]]()
+        self._ticks, self._told, self._ticked = list(ticks), dict[str, Tensor](), dict[str, int]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for tick in self._ticks:
             for name, value in (tick(state.global_step / state.max_steps) or {}).items():
-                self._told.setdefault(name, []).append(value)
+                self._told[name] = self._told[name] + value if name in self._told else value
+                self._ticked[name] = self._ticked.get(name, 0) + 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        means = {name: torch.stack(values).mean() for name, values in self._told.items()}
+        means = {name: total / self._ticked[name] for name, total in self._told.items()}
         if args.world_size > 1:
             means = reduce(means, "mean")
         told = {name: float(value) for name, value in means.items()}
         logs.update(told)
         state.log_history[-1].update(told)  # it got a copy before any callback was asked
         self._told.clear()
+        self._ticked.clear()
 
     def go_first(self, handler: CallbackHandler) -> None:
         """Before trackers, which send off the logs as they find them."""
@@ -276,7 +283,8 @@ class CompressionCallback(_Ticking):
                 )
         self._methods = methods
         super().__init__()
-        self._stack = ExitStack()
+        self._stack, self._training = ExitStack(), ExitStack()
+        self._state: Any = None
         self._phase = "new"
         self._batches = Batches()
         check_together(methods)
@@ -297,6 +305,8 @@ class CompressionCallback(_Ticking):
             describe(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        if self._phase == "training" and args.auto_find_batch_size:
+            return  # it begins again with a smaller batch, and all is in place
         if self._phase != "built":
             raise CompressionError(
                 "CompressionCallback: its methods are done after one train(); make a new Trainer and callback to go on."
@@ -310,23 +320,40 @@ class CompressionCallback(_Ticking):
         batches = Batches(
             given.get("train_dataloader"), self._batches.original, given.get("processing_class"), bool(state.global_step)
         )
-        self._enter(_unwrapped(model), batches, adding=False)
+        model = _unwrapped(model)
+        self._state, beside = state, _RIDING.setdefault(model, [])
+        for other in [one for one in beside if one._state is not state]:
+            other._abandon(beside)
+        check_together([method for callback in (*beside, self) for method in callback._methods])
+        beside.append(self)
+        self._enter(model, batches, adding=False)
 
     def _enter(self, model: Any, task: Any, adding: bool) -> None:
         for method in self._methods:
             if method.adds_parameters == adding:
-                tick = self._stack.enter_context(method.applied(model, task))
+                tick = (self._stack if adding else self._training).enter_context(method.applied(model, task))
                 if tick is not None:
                     self._ticks.append(tick)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._phase = "done"
         self._ticks = []
+        self._training.close()
         self._stack.close()
         model = _unwrapped(model)
+        _RIDING.pop(model, None)
         if not getattr(model, "_hf_peft_config_loaded", False) and not all(m.replaces_loss for m in self._methods):
             describe(model)
             forget_reading(model)
+
+    def _abandon(self, beside: list[CompressionCallback]) -> None:
+        """Its training raised, which nobody tells a callback: gates and hooks come off, and nothing is cut."""
+        beside.remove(self)
+        self._training.__exit__(InterruptedError, InterruptedError(), None)
+
+
+_RIDING: WeakKeyDictionary[nn.Module, list[CompressionCallback]] = WeakKeyDictionary()
+"""Whose methods are on a model while it trains."""
 
 
 def attach(trainer: Trainer, *methods: Method) -> Trainer:

@@ -134,6 +134,8 @@ def check_together(methods: Iterable[Method]) -> None:
     keys = [method.key() for method in methods]
     if keys.count("distill") > 1:
         raise CompressionError("distill: it is listed twice, and a model has one loss; give one all teachers and terms.")
+    if pruned := next((key for key in keys if key.startswith("prune_") and "quantize" in keys[keys.index(key) :]), None):
+        raise CompressionError(f"quantize: it would code the layers before {pruned} cuts them; list quantize first, or after.")
     others = [key for key in keys if key in ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize")]
     if "adapters" in keys and others:
         raise CompressionError(

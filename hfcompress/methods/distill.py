@@ -31,15 +31,25 @@ class Distill(Method):
         description="original: the model before its first compressing step; current: as it stands now; a path or Hub id; "
         "or, in Python, a model. A list of these is an ensemble, averaged.",
     )
-    temperature: float = Field(2.0, gt=0, description="Softens both distributions.")
+    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="Softens both distributions.")
     alpha: float = Field(0.7, ge=0, le=1, description="Weight of the soft targets; the task loss gets the rest.")
     terms: tuple[SerializeAsAny[Term], ...] | None = Field(
         None, min_length=1, description=f"Instead of alpha: {', '.join(TERMS)}, each a name, name: weight or name: {{fields}}."
     )
     teacher_bits: Literal[8, 4] | None = Field(None, description="Hold the teacher's linear layers in so many bits.")
-    cache: str | None = Field(None, description="A folder: the teacher's answers are recorded there once, and read from there.")
+    cache: str | None = Field(
+        None, min_length=1, description="A folder: the teacher's answers are recorded there once, and read from there."
+    )
     top_k: int = Field(64, ge=1, description="In the cache, of each token: the likeliest classes, and the mass of the rest.")
     projection_lr: float = Field(1e-3, gt=0, description="Adam's step for projections, which terms on hidden states may need.")
+
+    @field_validator("teacher")
+    @classmethod
+    def _is_teacher(cls, given: Any) -> Any:
+        several = list(given) if isinstance(given, list | tuple) else [given]
+        if not several or not all(isinstance(one, nn.Module) or (isinstance(one, str) and one) for one in several):
+            raise ValueError("a teacher is original, current, a path, a Hub id or (in Python) a model, or a list of these")
+        return given
 
     @field_validator("terms", mode="before")
     @classmethod
@@ -59,6 +69,8 @@ class Distill(Method):
         names = [term.key for term in self.terms]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"{twice} is listed twice; add up the weights")
+        if not self.summands:
+            raise ValueError("every term has weight 0, and there is nothing to learn; give one a weight")
         self._check_cache()
         return self
 
