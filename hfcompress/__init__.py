@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from hfcompress.methods import Quantize as Quantize
     from hfcompress.methods import Student as Student
     from hfcompress.methods import riding as riding
+    from hfcompress.plugin import CompressionCallback as CompressionCallback
+    from hfcompress.plugin import attach as attach
     from hfcompress.recipe import Recipe as Recipe
-    from hfcompress.train import CompressionCallback as CompressionCallback
     from hfcompress.train import Train as Train
-    from hfcompress.train import attach as attach
 
 _HOMES = {
     "compress": "loop",
     "CompressionError": "errors",
     "Recipe": "recipe",
-    "CompressionCallback": "train",
+    "CompressionCallback": "plugin",
     "Train": "train",
-    "attach": "train",
+    "attach": "plugin",
 }
 __all__ = [  # noqa: RUF022  in the order people meet them
     "compress",

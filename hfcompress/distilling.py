@@ -278,6 +278,10 @@ class _Relations:
 
 def _check_kind(model: Any, terms: tuple[Term, ...]) -> None:
     """Refuse before training what `problems` would find out in it."""
+    if not getattr(model.config, "return_dict", True):
+        raise CompressionError(
+            f"distill: {type(model).__name__} returns tuples, and the loss is found by its name; set config.return_dict = True."
+        )
     config, soft = model.config, next((term for term in terms if isinstance(term, SoftTargets)), None)
     is_number = getattr(config, "num_labels", 2) == 1 or getattr(config, "problem_type", None) == "regression"
     if soft is not None and type(model).__name__.endswith("SequenceClassification") and is_number:

@@ -42,6 +42,11 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
     task = recipe.task
     tell(f"reading {recipe.task.dataset}")
     task.open(recipe.model)
+    if recipe.reference == 0 and _wants_original(recipe) and task.head_is_new(recipe.model):
+        raise CompressionError(
+            f"distill: the original, {recipe.model}, has no head for this task yet, and a random one teaches noise; "
+            f"put a train step first, or name a fine-tuned teacher."
+        )
     model, report, done = _begin(recipe, task, work, overwrite, tell)
     for number, step in list(enumerate(recipe.steps, start=1))[done:]:
         if number - 1 == recipe.reference:
@@ -108,8 +113,12 @@ def _reference(recipe: Recipe, task: Task, work: Path) -> Any:
 
 def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
     """A copy of the original, if a step will ask for it as its teacher."""
-    if any(rider.wants_original for step in recipe.steps if isinstance(step, Train) for rider in step.riders):
+    if _wants_original(recipe):
         task.keep_original(model)
+
+
+def _wants_original(recipe: Recipe) -> bool:
+    return any(rider.wants_original for step in recipe.steps if isinstance(step, Train) for rider in step.riders)
 
 
 def _control(step: Any, model: Any, task: Task, tell: Tell) -> dict[str, Any] | None:
@@ -144,7 +153,7 @@ def _record(
             columns = task.predict(model)
             better = gain(task.headline, columns, without["columns"])
             control = {"score": task.scored(without["columns"]), "seconds": without["seconds"]}
-            control |= better._asdict() if better else {"better": None}
+            control |= {**better._asdict(), "interval": list(better.interval)} if better else {"better": None}
             score = lambda _: task.scored(columns)  # noqa: E731 (one model is scored once)
         beside = task.original if number > recipe.reference else None
         report.add(measure(model, task, step, seconds=seconds, score=score, beside=beside, control=control))

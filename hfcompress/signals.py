@@ -60,8 +60,13 @@ def keys(model: Any, inputs: dict[str, Any]) -> list[bytes]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hex digits that tell a model's weights."""
+    """32 hex digits that tell a model's weights, and the config they are computed with."""
     told = hashlib.blake2b(digest_size=16)
+    config = getattr(model, "config", None)
+    where = {"_name_or_path", "transformers_version", "_attn_implementation"}
+    told.update(
+        json.dumps({k: v for k, v in (config.to_dict() if config else {}).items() if k not in where}, default=str).encode()
+    )
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             told.update(name.encode())

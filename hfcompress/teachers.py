@@ -38,6 +38,8 @@ class Teacher:
         dropped = {"num_items_in_batch", "shift_labels", "start_positions", "end_positions"}
         dropped |= set() if needs_labels else {"labels"}
         given = {name: self._cast(value) for name, value in inputs.items() if name not in dropped and self._knows(name)}
+        if not getattr(self.model.config, "return_dict", True):
+            given["return_dict"] = True
         if "use_cache" in self._accepted:
             given["use_cache"] = False
         with torch.no_grad():

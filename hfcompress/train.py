@@ -1,30 +1,24 @@
-"""Training with methods riding along: the recipe's `train` step, the callback and `attach` for any Trainer."""
+"""The recipe's `train` step: the Hugging Face Trainer, with methods riding along."""
 
 from __future__ import annotations
 
-import inspect
-import os
 import tempfile
 import typing
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import reduce
 from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.lesson import foretells_next
-from hfcompress.loading import forget_reading
 from hfcompress.methods import Distill
-from hfcompress.methods.base import Batches, Method, Step, Tick, check_together, riding, with_original
-from hfcompress.structure import describe
+from hfcompress.methods.base import Method, Step, riding
+from hfcompress.plugin import Ticking, check_riders, shards
 
 # What the recipe decides itself: where things lie, and which process does what.
 _OURS = frozenset({"output_dir", "push_to_hub", "hub_model_id", "hub_token", "resume_from_checkpoint", "local_rank"})
@@ -89,7 +83,7 @@ class Train(Step):
         with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
             arguments = self.arguments(folder)
             transformers_set_seed(arguments.seed)
-            if _shards(arguments):
+            if shards(arguments):
                 raise CompressionError(
                     "train: FSDP would leave the model in pieces, and the steps of a recipe need it whole; "
                     "use DistributedDataParallel, or distil under FSDP in a script of your own."
@@ -104,6 +98,8 @@ class Train(Step):
                 trainer.train()
                 # accelerate wrapped forward in autocast and would leave it there: later steps would measure another model.
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                # Nor would it put autocast there again in a later step, for a model that it takes for prepared.
+                vars(model).pop("_is_accelerate_prepared", None)
             model.zero_grad(set_to_none=True)
 
     def arguments(self, output_dir: str) -> TrainingArguments:
@@ -168,42 +164,12 @@ def _trainer(model: nn.Module, arguments: TrainingArguments, task: Any, tick: An
         eval_dataset=task.eval_dataset,
         data_collator=task.collator,
         processing_class=task.processor,
-        callbacks=[ticking := _Ticking(tick), _Bar()],
+        callbacks=[ticking := Ticking(tick), _Bar()],
     )
     ticking.go_first(trainer.callback_handler)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
-
-
-class _Ticking(TrainerCallback):
-    """Calls ticks after every optimizer step, and logs what they tell beside the loss: the mean since it was last logged."""
-
-    def __init__(self, *ticks: Tick) -> None:
-        self._ticks, self._told, self._ticked = list(ticks), dict[str, Tensor](), dict[str, int]()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for tick in self._ticks:
-            for name, value in (tick(state.global_step / state.max_steps) or {}).items():
-                self._told[name] = self._told[name] + value if name in self._told else value
-                self._ticked[name] = self._ticked.get(name, 0) + 1
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        means = {name: total / self._ticked[name] for name, total in self._told.items()}
-        if args.world_size > 1:
-            means = reduce(means, "mean")
-        told = {name: float(value) for name, value in means.items()}
-        logs.update(told)
-        state.log_history[-1].update(told)  # it got a copy before any callback was asked
-        self._told.clear()
-        self._ticked.clear()
-
-    def go_first(self, handler: CallbackHandler) -> None:
-        """Before trackers, which send off the logs as they find them."""
-        handler.callbacks.remove(self)
-        handler.callbacks.insert(0, self)
 
 
 class _Bar(TrainerCallback):
@@ -227,154 +193,3 @@ class _Bar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> None:
-    """What a Trainer's arguments and the methods must not ask of each other."""
-    for method in methods:
-        if method.fades and arguments.load_best_model_at_end:
-            raise CompressionError(
-                f"{method.key()}: load_best_model_at_end would bring back a checkpoint from before its units had faded out; "
-                f"set load_best_model_at_end=False, or prune before training."
-            )
-        if not method.replaces_loss and _shards(arguments):
-            raise CompressionError(
-                f"{method.key()}: FSDP leaves every process a piece of each weight, and only distill may ride along; "
-                f"use DistributedDataParallel, or a step of its own before or after this training."
-            )
-        if method.key() == "adapters" and arguments.load_best_model_at_end:
-            raise CompressionError(
-                "adapters: checkpoints hold the adapter alone, and load_best_model_at_end looks for models; set it to False."
-            )
-        if method.replaces_loss and arguments.n_gpu > 1:
-            raise CompressionError(
-                f"{method.key()}: one process with {arguments.n_gpu} GPUs (DataParallel) has one teacher for all; start "
-                f"a process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
-            )
-        if method.replaces_loss and getattr(arguments, "loss_type", "nll") != "nll":  # TRL's SFTConfig
-            raise CompressionError(
-                f"{method.key()}: loss_type {arguments.loss_type!r} would weigh this loss once more; "  # type: ignore[attr-defined]
-                f"set loss_type='nll'."
-            )
-        if method.replaces_loss and arguments.label_smoothing_factor:
-            raise CompressionError(
-                f"{method.key()}: label_smoothing_factor takes the labels away and would ignore this loss; set it to 0."
-            )
-
-
-def _shards(arguments: TrainingArguments) -> bool:
-    """Whether FSDP was asked for, by the arguments or by `accelerate launch`."""
-    return bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-class CompressionCallback(_Ticking):
-    """Methods for a Trainer of your own: `Trainer(..., callbacks=[CompressionCallback(Distill(teacher), PruneHeads(0.3))])`.
-
-    Methods that add parameters act when the Trainer is built, others when training begins, each finishes when it ends (after
-    the best model was loaded). Then the model's config tells its new structure, so `trainer.save_model()` and `push_to_hub`
-    save something that plain `from_pretrained` loads.
-    """
-
-    def __init__(self, *methods: Method) -> None:
-        for method in methods:
-            if not isinstance(method, Method):
-                raise CompressionError(
-                    f"CompressionCallback: {method!r} is no method; give method objects such as PruneHeads(ratio=0.3)."
-                )
-        self._methods = methods
-        super().__init__()
-        self._stack, self._training = ExitStack(), ExitStack()
-        self._state: Any = None
-        self._phase = "new"
-        self._batches = Batches()
-        check_together(methods)
-
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self._phase != "new":
-            raise CompressionError("CompressionCallback: it belongs to one Trainer already; make a new one for this Trainer.")
-        self._phase = "built"
-        caller = inspect.currentframe()
-        handler = caller and caller.f_back and caller.f_back.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-            # A Trainer tells its callbacks everything but where they stand; whoever wants to be logged must stand first.
-            self.go_first(handler)
-        check_riders(self._methods, args)
-        with_original(model, self._methods, self._batches)
-        self._enter(model, self._batches, adding=True)
-        if any(method.adds_parameters for method in self._methods) and not getattr(model, "_hf_peft_config_loaded", False):
-            describe(model)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
-        if self._phase == "training" and args.auto_find_batch_size:
-            return  # it begins again with a smaller batch, and all is in place
-        if self._phase != "built":
-            raise CompressionError(
-                "CompressionCallback: its methods are done after one train(); make a new Trainer and callback to go on."
-            )
-        self._phase = "training"
-        if state.global_step and any(method.fades for method in self._methods):
-            raise CompressionError(
-                "resume_from_checkpoint: which units fade was chosen when training began, and a checkpoint does not hold it; "
-                "train from the start, or prune before training."
-            )
-        batches = Batches(
-            given.get("train_dataloader"), self._batches.original, given.get("processing_class"), bool(state.global_step)
-        )
-        model = _unwrapped(model)
-        self._state, beside = state, _RIDING.setdefault(model, [])
-        for other in [one for one in beside if one._state is not state]:
-            other._abandon(beside)
-        check_together([method for callback in (*beside, self) for method in callback._methods])
-        beside.append(self)
-        self._enter(model, batches, adding=False)
-
-    def _enter(self, model: Any, task: Any, adding: bool) -> None:
-        for method in self._methods:
-            if method.adds_parameters == adding:
-                tick = (self._stack if adding else self._training).enter_context(method.applied(model, task))
-                if tick is not None:
-                    self._ticks.append(tick)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._phase = "done"
-        self._ticks = []
-        self._training.close()
-        self._stack.close()
-        model = _unwrapped(model)
-        _RIDING.pop(model, None)
-        if not getattr(model, "_hf_peft_config_loaded", False) and not all(m.replaces_loss for m in self._methods):
-            describe(model)
-            forget_reading(model)
-
-    def _abandon(self, beside: list[CompressionCallback]) -> None:
-        """Its training raised, which nobody tells a callback: gates and hooks come off, and nothing is cut."""
-        beside.remove(self)
-        self._training.__exit__(InterruptedError, InterruptedError(), None)
-
-
-_RIDING: WeakKeyDictionary[nn.Module, list[CompressionCallback]] = WeakKeyDictionary()
-"""Whose methods are on a model while it trains."""
-
-
-def attach(trainer: Trainer, *methods: Method) -> Trainer:
-    """Apply methods to a Trainer that was already built: `attach(trainer, Distill(teacher), PruneHeads(ratio=0.3))`."""
-    if trainer.optimizer is not None and any(method.adds_parameters for method in methods):
-        raise CompressionError(
-            "attach: the optimizer exists already and would not train new parameters; attach before train()."
-        )
-    if trainer.compute_loss_func is not None and any(method.replaces_loss for method in methods):
-        raise CompressionError(
-            "attach: the Trainer's compute_loss_func would ignore the distillation loss; build it without one."
-        )
-    callback = CompressionCallback(*methods)
-    callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    trainer.add_callback(callback)
-    callback.go_first(trainer.callback_handler)
-    return trainer
-
-
-def _unwrapped(model: Any) -> Any:
-    """The user's own model inside DistributedDataParallel and the like."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model

@@ -101,7 +101,7 @@ def told_helps(found: dict[str, Any]) -> str:
         "The teacher is MiniLM, six layers, fine-tuned for two epochs on BBC News. The student is MiniLM as it came with three of "
         "its layers (`student: {number: 3}`) and a new head; it trains for one epoch at 2e-4, batches of 32, with `distill: "
         "{temperature: 2, terms: [kl: 0.7, task: 0.3, hidden_mse: {layers: even}]}` or without it: the same weights at the start, "
-        "the same order of the data; seeds change the head, the order and dropout. Accuracy on 500 held-out articles.\n\n"
+        "the same order of the data; seeds change the order and dropout. Accuracy on 500 held-out articles.\n\n"
         + "\n".join(lines)
         + f"\n\nOver the three seeds the teacher is worth {mean(gains):+.4f} (95 % {low:+.4f} to {high:+.4f} by Student's t: {sure}). "
         f"The student is {first['smaller']:.2f} times smaller than its teacher and "

@@ -44,7 +44,8 @@ ALLOWED = {
     "data": "errors",
     "checkpoints": "errors data",
     "tasks": "errors data checkpoints metrics surgery methods.base tasks.base tasks.texts tasks.labels",
-    "train": "errors lesson structure loading methods methods.base",
+    "plugin": "errors structure loading methods.base",
+    "train": "errors lesson methods methods.base plugin",
     "recipe": "errors methods methods.base tasks train",
     "measuring": "errors layers",
     "report": "errors measuring",
@@ -55,7 +56,7 @@ ALLOWED = {
     "hub": "errors snippet",
     "loop": "errors metrics processes methods tasks train recipe report plots artifact hub",
     "cli": "errors processes recipe loop report comparing artifact hub snippet",
-    "__init__": "loading errors methods recipe train loop",
+    "__init__": "loading errors methods recipe plugin train loop",
 }
 ONLY_IN = {
     "huggingface_hub": {"hub", "checkpoints"},

@@ -352,6 +352,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     [
         ({"terms": ["kll"]}, "there is no term 'kll'. Did you mean 'kl'?"),
         ({"terms": [{"kl": {"wieght": 1}}]}, "kl: unknown key 'wieght'. Did you mean 'weight'?"),
+        ({"terms": [{"kl": True}]}, "kl: give its weight or a mapping of fields, not True"),
         ({"terms": [{"kl": -1}]}, "kl.weight = -1: input should be greater than or equal to 0"),
         ({"terms": "kl"}, "terms is a list, as in [kl: 0.7, task: 0.3]"),
         ({"terms": [{"kl": 1, "task": 1}]}, "a term is a name, name: weight or name: {fields}, not {'kl': 1, 'task': 1}"),

@@ -462,3 +462,12 @@ def test_a_control_is_trained_beside_and_changes_nothing(done: Path, place: Path
     assert "with the teacher accuracy is" in (place / "controlled" / "README.md").read_text()
     with pytest.raises(CompressionError, match=r"control: no train step has a teacher to do without; add distill under with"):
         recipe(place, control=True, steps=[{"train": TRAIN}, "cast"])
+
+
+def test_a_random_head_is_no_teacher(place: Path) -> None:
+    with pytest.raises(CompressionError) as error:
+        compress(recipe(place, steps=[{"train": {**TRAIN, "with": ["distill"]}}]), place / "noise")
+    assert str(error.value) == (
+        f"distill: the original, {place / 'bert'}, has no head for this task yet, and a random one teaches noise; "
+        f"put a train step first, or name a fine-tuned teacher."
+    )

@@ -21,11 +21,11 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from hfcompress.anatomy import anatomy, layer_stacks
 from hfcompress.errors import CompressionError
 from hfcompress.methods import Distill, PruneHeads, Student, riding
+from hfcompress.plugin import CompressionCallback
 from hfcompress.recipe import Recipe
 from hfcompress.scores import magnitude
 from hfcompress.structure import diff
 from hfcompress.surgery import become, cut
-from hfcompress.train import CompressionCallback
 from tests.tiny import tiny_model
 
 SIZES = {

@@ -427,3 +427,26 @@ def test_labels_given_by_position_are_labels_too() -> None:
     with riding(model, [Distill(still("bert", seed=1), alpha=0.0)]):
         given = model(batch["input_ids"], batch["attention_mask"], None, None, None, batch["labels"]).loss
     torch.testing.assert_close(given, expected)
+
+
+def test_a_second_training_runs_at_the_precision_of_the_first(tmp_path: Path) -> None:
+    """accelerate takes a model for prepared once it was: later steps trained in float32, and a resumed run ended elsewhere."""
+
+    class Rowed:
+        train_dataset = eval_dataset = Rows("bert")
+        collator = processor = original = None
+        headline = "accuracy"
+
+    model, seen = still("bert"), []
+    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    step = Train(epochs=1, per_device_train_batch_size=8, learning_rate=1e-3, bf16=True)
+    step.run(model, Rowed())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    step.run(model, Rowed())
+    step.run(again, Rowed())
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    with torch.no_grad():
+        model(**FewBatches("bert").batch())
+    assert seen[2] == torch.float32, "measured as it is"

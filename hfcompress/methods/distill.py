@@ -129,7 +129,7 @@ def _term(given: Any) -> Term:
     ((name, fields),) = given.items()
     if name not in TERMS:
         raise ValueError(f"there is no term {name!r}.{did_you_mean(str(name), TERMS)}")
-    fields = {"weight": fields} if isinstance(fields, int | float) else fields
+    fields = {"weight": fields} if isinstance(fields, int | float) and not isinstance(fields, bool) else fields
     if not isinstance(fields, dict):
         raise ValueError(f"{name}: give its weight or a mapping of fields, not {fields!r}")
     try:

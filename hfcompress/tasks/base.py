@@ -99,6 +99,10 @@ class Task(Fields):
             model.config.pad_token_id = pad
         return model
 
+    def head_is_new(self, path: str) -> bool:
+        """Whether a model of this checkpoint gets a head with random weights, which has learnt nothing yet."""
+        return self._head(load_config(path), path)[1]
+
     def _read(self) -> dict[str, Dataset]:
         """The rows as they came: {"train": ..., and "eval" unless it must be split off}, each once if asked."""
         splits, is_local = read_splits(self.dataset, self.subset, self.unit)
