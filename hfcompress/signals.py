@@ -28,6 +28,8 @@ from hfcompress.losses import IGNORED
 from hfcompress.processes import processes
 
 FORMAT = 2
+# What transformers notes in a config while it loads, runs and saves a model.
+_PASSING = {"_name_or_path", "transformers_version", "architectures", "dtype", "problem_type", "return_dict"}
 BATCHES_A_SHARD = 32
 
 
@@ -62,11 +64,8 @@ def keys(model: Any, inputs: dict[str, Any]) -> list[bytes]:
 def fingerprint(model: nn.Module) -> str:
     """32 hex digits that tell a model's weights, and the config they are computed with."""
     told = hashlib.blake2b(digest_size=16)
-    config = getattr(model, "config", None)
-    where = {"_name_or_path", "transformers_version", "_attn_implementation"}
-    told.update(
-        json.dumps({k: v for k, v in (config.to_dict() if config else {}).items() if k not in where}, default=str).encode()
-    )
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    told.update(json.dumps({key: config[key] for key in sorted(config) if key not in _PASSING}, default=str).encode())
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             told.update(name.encode())
