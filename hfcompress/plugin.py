@@ -9,10 +9,12 @@ import inspect
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from accelerate.utils import reduce
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -145,6 +147,8 @@ class CompressionCallback(Ticking):
             given.get("train_dataloader"), self._batches.original, given.get("processing_class"), bool(state.global_step)
         )
         model = _unwrapped(model)
+        if state.global_step:
+            _read_back(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._state, beside = state, _RIDING.setdefault(model, [])
         for other in [one for one in beside if one._state is not state]:
             other._abandon(beside)
@@ -162,9 +166,11 @@ class CompressionCallback(Ticking):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._phase = "done"
         self._ticks = []
+        model = _unwrapped(model)
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            _read_back(model, Path(state.best_model_checkpoint))
         self._training.close()
         self._stack.close()
-        model = _unwrapped(model)
         _RIDING.pop(model, None)
         if not getattr(model, "_hf_peft_config_loaded", False) and not all(m.replaces_loss for m in self._methods):
             describe(model)
@@ -178,6 +184,17 @@ class CompressionCallback(Ticking):
 
 _RIDING: WeakKeyDictionary[nn.Module, list[CompressionCallback]] = WeakKeyDictionary()
 """Whose methods are on a model while it trains."""
+
+
+def _read_back(model: Any, folder: Path) -> None:
+    """Load a checkpoint that the Trainer could not: transformers saves some architectures (ViT, DeiT, Swin) under older names,
+    and its Trainer looks for the new ones and goes on with the weights it had (transformers issue 48805)."""
+    stored: set[str] = set()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            stored |= set(shard.keys())
+    if stored - set(model.state_dict()):
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
 
 
 def attach(trainer: Any, *methods: Method) -> Any:
