@@ -9,18 +9,12 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from hfcompress.anatomy import layer_stacks
 from hfcompress.errors import CompressionError
-
-
-def blank(model: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
-    """The model of this class that a config, its own if none is given, describes, on the meta device."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(config or model.config))  # type: ignore[call-arg]
+from hfcompress.layers import blank
 
 
 def keep_layers(model: Any, stack: str, keep: list[int]) -> None:

@@ -51,7 +51,6 @@ class Distilling:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        self._take_over()
         used = [teacher.model.config._attn_implementation for teacher in self._teachers]
         for teacher in self._teachers if self._method.wants_attentions else ():
             teacher.model.set_attn_implementation("eager")
@@ -75,13 +74,6 @@ class Distilling:
             # a teacher may be the very model that results are compared with, in time too
             for teacher, implementation in zip(self._teachers, used, strict=True) if self._method.wants_attentions else ():
                 teacher.model.set_attn_implementation(implementation)
-
-    def _take_over(self) -> None:
-        """A training that was interrupted left its hooks on the model: nobody tells a callback that train() raised."""
-        for hooks in (self._model._forward_hooks, self._model._forward_pre_hooks):
-            for number, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), Distilling):
-                    del hooks[number]
 
     def _ask(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (student.training and torch.is_grad_enabled()):

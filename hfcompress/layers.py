@@ -5,6 +5,7 @@ Whoever only loads a compressed model needs this file, `structure` and `loading`
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import CompressionError
@@ -59,6 +61,12 @@ class LowRankEmbedding(nn.Module):
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 THRESHOLD_LIMIT = 1000.0
+
+
+def blank(model: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
+    """The model of this class that a config, its own if none is given, describes, on the meta device."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(config or model.config))  # type: ignore[call-arg]
 
 
 def features(module: nn.Module) -> tuple[int, int]:

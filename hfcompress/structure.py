@@ -6,7 +6,6 @@ A structure is plain JSON, a module's name to an edit: `{"kind": "linear", "in_f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hfcompress.errors import CompressionError
-from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, features, is_low_bit, kind_of
+from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
@@ -29,8 +28,7 @@ _WIDTHS = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
 
 def twin(model: nn.Module) -> nn.Module:
     """The model that `model.config` alone describes, on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))  # type: ignore[call-arg]
+    return blank(model)
 
 
 def diff(model: nn.Module) -> Structure:

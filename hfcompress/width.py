@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.anatomy import FAMILIES, Units, anatomy, layer_stacks
-from hfcompress.depth import blank, plain, shapes
+from hfcompress.depth import plain, shapes
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.layers import kind_of
+from hfcompress.layers import blank, kind_of
 from hfcompress.scores import magnitude
 from hfcompress.surgery import become
 

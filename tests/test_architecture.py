@@ -28,7 +28,7 @@ ALLOWED = {
     "anatomy": "errors layers",
     "surgery": "errors layers anatomy",
     "scores": "errors layers anatomy surgery processes",
-    "depth": "errors anatomy",
+    "depth": "errors layers anatomy",
     "width": "errors layers anatomy surgery scores depth",
     "architecture": "errors",
     "losses": "",

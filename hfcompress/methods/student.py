@@ -9,8 +9,9 @@ from torch import nn
 
 from hfcompress.anatomy import Stack, layer_stacks
 from hfcompress.architecture import from_scratch
-from hfcompress.depth import blank, keep_layers
+from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
+from hfcompress.layers import blank
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery import become, check_no_adapter
 from hfcompress.width import narrow
