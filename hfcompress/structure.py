@@ -6,7 +6,7 @@ A structure is plain JSON, a module's name to an edit: `{"kind": "linear", "in_f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +19,45 @@ from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, i
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
 
-# Integers that forwards read, so cutting heads must correct them. A structure from the internet may set these and no others.
-COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "all_head_size", "split_size")
+# Integers that forwards read, so cutting must correct them. A structure from the internet may set these and no others.
+HEAD_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "num_attn_heads",
+    "num_head",
+    "num_v_heads",
+    "num_k_heads",
+    "n_heads",
+    "n_head",
+    "no_heads",
+    "heads",
+    "attention_heads",
+)
+OWN_COUNTS = (
+    *HEAD_COUNTS,
+    "all_head_size",
+    "split_size",
+    "intermediate_size",
+    "intermediate_dim",
+    "ffn_dim",
+    "expert_dim",
+    "ffn_hidden_size",
+)
+WIDTH_COUNTS = (
+    "embed_dim",
+    "inner_dim",
+    "hidden_size",
+    "hidden_dim",
+    "d_model",
+    "dim",
+    "key_dim",
+    "value_dim",
+    "mem_dim",
+)
+_LAYER_SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "in_channels", "out_channels", "groups")
+COUNTS = (*OWN_COUNTS, *WIDTH_COUNTS, "num_key_value_groups", *_LAYER_SIZES)
 
 # Sizes in which a plain transformers config may already express a cut, tried in this order.
 _WIDTHS = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
@@ -99,7 +136,16 @@ def _edit_between(old: nn.Module | None, new: nn.Module, name: str) -> dict[str,
             f"express it; possible kinds are {', '.join(KINDS)}; merge or remove that layer before saving."
         )
     counts = {key: getattr(new, key) for key in COUNTS if _count(new, key) and getattr(old, key, None) != getattr(new, key)}
-    return {"kind": "counts", **counts} if counts else None
+    before, after = _own_shapes(old), _own_shapes(new)
+    shapes = {key: shape for key, shape in after.items() if before.get(key, shape) != shape}
+    edit: dict[str, Any] = {**counts, **({"shapes": shapes} if shapes else {})}
+    return {"kind": "counts", **edit} if edit else None
+
+
+def _own_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Of the tensors that a checkpoint holds of this module itself."""
+    tensors, unsaved = {**module._parameters, **module._buffers}, module._non_persistent_buffers_set
+    return {key: list(tensor.shape) for key, tensor in tensors.items() if tensor is not None and key not in unsaved}
 
 
 def _count(module: nn.Module, key: str) -> bool:
@@ -109,8 +155,13 @@ def _count(module: nn.Module, key: str) -> bool:
 def _apply(model: nn.Module, name: str, edit: dict[str, Any]) -> None:
     fields = {key: value for key, value in edit.items() if key != "kind"}
     if edit["kind"] == "counts":
+        module = model.get_submodule(name)
+        for key, shape in fields.pop("shapes", {}).items():
+            tensor = getattr(module, key)
+            shaped = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            setattr(module, key, nn.Parameter(shaped, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shaped)
         for key, value in fields.items():
-            setattr(model.get_submodule(name), key, value)
+            setattr(module, key, value)
     else:
         old = model.get_submodule(name)
         with torch.device("meta"):
@@ -154,6 +205,7 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
         refuse(f"unknown edit {edit!r}, possible kinds are {', '.join(KINDS)}, counts")
     fields = {key: value for key, value in edit.items() if key != "kind"}
     if edit["kind"] == "counts":
+        _check_shapes_told(fields.pop("shapes", {}), _own_shapes(old), refuse)
         for key, value in fields.items():
             if key not in COUNTS or not _count(old, key) or type(value) is not int or not 0 < value <= getattr(old, key):
                 refuse(f"{key} = {value!r} is not an integer from 1 to {getattr(old, key, 'nothing there')}")
@@ -170,6 +222,17 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
             refuse(f"{key} = {value!r} is not allowed")
     if missing := set(KINDS[edit["kind"]].names) - set(fields):
         refuse(f"{', '.join(sorted(missing))} missing")
+
+
+def _check_shapes_told(told: Any, own: dict[str, list[int]], refuse: Callable[[str], None]) -> None:
+    """Of tensors that are there, with as many axes, none longer."""
+    if not isinstance(told, dict):
+        return refuse(f"shapes = {told!r} is no mapping of tensors to shapes")
+    for key, shape in told.items():
+        limits = own.get(key)
+        fits = limits and isinstance(shape, list) and len(shape) == len(limits)
+        if not fits or not all(type(n) is int and 0 < n <= limit for n, limit in zip(shape, limits or (), strict=True)):
+            refuse(f"the shape {shape!r} of {key} does not fit into {limits or 'nothing there'}")
 
 
 def _size_names(kind: str) -> tuple[str, str]:
