@@ -1,6 +1,6 @@
 """A tiny model of any architecture, to look at or to test on: `miniature` shrinks a config, `example` makes its inputs.
 
-Sizes are told apart by the words in their names; what one family means by a name of its own is in the table `OWN`.
+Sizes are told apart by the words in their names; what one family means by a name of its own is in `odd_sizes`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hfcompress.examples import TOKEN, example
+from hfcompress.odd_sizes import ODD, ODD_LAYERS
 
 __all__ = ["example", "miniature"]
 
@@ -37,7 +38,9 @@ _NEURONS = re.compile(
     r"intermediate_size|ffn_dim|^d_ff$|^n_inner$|^d_inner$|^dff$|^dim_ff$|ffn_hidden_size|feed_forward_size|mlp_dim|"
     r"^ffn_hidden|^hidden_dim$|feedforward_dim|encoder_ffn|decoder_ffn"
 )
-_HIDDEN = re.compile(r"^(decoder_|encoder_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|dim|hidden_dim|embedding_dim)$")
+_HIDDEN = re.compile(
+    r"^(decoder_|encoder_|cross_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|dim|hidden_dim|embedding_dim)$"
+)
 _HEAD = re.compile(r"(^|_)(head_dim|head_size|d_kv|d_head|dim_head|key_dim|headdim|kv_channels|attention_head_dim)$")
 _POSITIONS = re.compile(
     r"(max_position|_positions$|max_seq_len|n_ctx|n_positions|^context_length|max_pos_emb|max_2d_pos|position_embeddings$|"
@@ -87,9 +90,10 @@ class _Shrink:
             self._fewer_layers(self.layers)
         self._heads()
         self._principal()
+        self._mamba()
         self._others()
         self._rope()
-        self._own()
+        self._odd()
         self._tokens()
         if spec is not None:
             self.config.per_layer_config = self._per_layer_overrides(spec.per_layer_overrides)
@@ -103,7 +107,13 @@ class _Shrink:
             own = tiny[number] = copy.deepcopy(overrides.get(index, {}))
             for key, value in own.items():
                 if type(value) is int and (_WINDOW.search(key) or _WIDTH.search(key)):
-                    own[key] = 12 if "window" in key else 2 * OWN_HEAD if "head_dim" in key else NEURONS - 8
+                    own[key] = (
+                        12
+                        if "window" in key
+                        else (HEAD + 4 if self.rope else 2 * OWN_HEAD)
+                        if "head_dim" in key
+                        else NEURONS - 8
+                    )
                 elif type(value) is int and self.heads is not None:
                     own[key] = min(value, self.heads if "heads" in key else 2)
         return tiny
@@ -131,8 +141,12 @@ class _Shrink:
             self.put(key, len(keep[count]) if count else 0)
         for count, kept in keep.items():
             for key, values in self.old.items():
-                if isinstance(values, list | tuple):
-                    self.put(key, type(values)(_entries(key, list(values), kept, count)))
+                if isinstance(values, list | tuple) and (few := _entries(key, list(values), kept, count)) != list(values):
+                    self.put(key, type(values)(few))
+        if len(self.old.get("stage_names") or ()) - 1 in keep:  # a backbone: every layer is a stage
+            count = len(keep[len(self.old["stage_names"]) - 1])
+            self.config.stage_names = ["stem", *(f"stage{number}" for number in range(1, count + 1))]
+            self.config._out_features, self.config._out_indices = [f"stage{count}"], [count]
         for key, value in self.ints(_PERIOD).items():
             self.put(key, min(value, 2))
         for key, value in self.ints(re.compile("layer_offset$")).items():
@@ -187,6 +201,7 @@ class _Shrink:
                 self.put(key, few)
         for key, values in self.old.items():
             if re.search("^(num_heads|num_attention_heads(_per_layer)?)$", key) and isinstance(values, list | tuple):
+                values = getattr(self.config, key)
                 if self.heads is not None:
                     self.put(key, type(values)(1 << (min(value, self.heads).bit_length() - 1) for value in values))
                 self.query = self.query or getattr(self.config, key)[0]
@@ -204,7 +219,8 @@ class _Shrink:
         """The hidden size, the heads' own size, the neurons: the widths that the others are told by."""
         query = self.query or self.heads or 4
         head = HEAD if query <= 16 else HEAD // 2
-        hidden = query * head
+        told = [self.known[value] for value in self.ints(_HIDDEN).values() if value in self.known]
+        hidden = told[0] if told and not self.query else query * head
         self.hidden = hidden
         for key, value in self.ints(_HIDDEN).items():
             self.known.setdefault(value, hidden)
@@ -217,12 +233,24 @@ class _Shrink:
             elif self.rope:
                 self.put(key, 4 if value == self.rope else HEAD + 4)
             elif value > 0:
-                self.put(key, OWN_HEAD if query <= 16 else HEAD)
+                self.put(key, head if key == "d_head" else OWN_HEAD if query <= 16 else HEAD)
         for number, (key, value) in enumerate(self.ints(_NEURONS).items()):
             wide = NEURONS if number == 0 or "encoder" in key or "decoder" in key else NEURONS - 8 * min(number, 3)
             if value > 0 and not _HIDDEN.search(key):
                 self.known.setdefault(value, wide)
                 self.put(key, wide)
+
+    def _mamba(self) -> None:
+        """State-space heads share the expanded hidden size out."""
+        two = self.config.model_type == "mamba2"
+        count = next(iter(self.ints(re.compile("^num_heads$") if two else _MAMBA_HEADS)), None)
+        size = next(iter(self.ints(re.compile("^head_dim$" if two else "^mamba_(d_head|head_dim|headdim)$"))), None)
+        expand = self.old.get("mamba_expand") or self.old.get("expand")
+        if count and size and type(expand) is int:
+            inner = expand * self.hidden
+            heads = math.gcd(getattr(self.config, count), inner)
+            self.put(count, heads)
+            self.put(size, inner // heads)
 
     def _others(self) -> None:
         done = {key for key, value in self.old.items() if type(value) is int and getattr(self.config, key) != value}
@@ -240,7 +268,8 @@ class _Shrink:
             elif _POSITIONS.search(key):
                 self.put(key, min(value, POSITIONS))
             elif _WINDOW.search(key):
-                self.put(key, min(value, 8))
+                if "chunk_right_context" not in self.old:
+                    self.put(key, min(value, 8))
             elif _WIDTH.search(key) and not _NO_WIDTH.search(key) and value > 8:
                 self.put(key, self.known.get(value, 12 if "rank" in key else 16))
             elif key in ("image_size", "patch_size", "crop_size", "input_size"):
@@ -275,11 +304,12 @@ class _Shrink:
             if isinstance(rope, dict):
                 self.put(key, _tiny_rope(copy.deepcopy(rope), head))
 
-    def _own(self) -> None:
-        few = _OWN_LAYERS.get(self.config.model_type, {}) if self.layers is not None else {}
-        own = OWN.get(self.config.model_type) or OWN.get(self.config.base_config_key, {})
+    def _odd(self) -> None:
+        few = ODD_LAYERS.get(self.config.model_type, {}) if self.layers is not None else {}
+        own = ODD.get(self.config.model_type) or ODD.get(self.config.base_config_key, {})
         for key, value in {**own, **few}.items():
-            self.put(key, value)
+            count = getattr(self.config, "num_hidden_layers", 0)
+            self.put(key, [value[index % len(value)] for index in range(count)] if key == "layer_types" else value)
 
     def _tokens(self) -> None:
         """Special tokens within the vocabulary, each another one as far as it can be, and one to pad with."""
@@ -288,7 +318,8 @@ class _Shrink:
         if type(size) is not int:
             return
         free = size
-        for key, value in self.old.items():
+        for key in self.old:
+            value = vars(self.config).get(key)
             many = value if isinstance(value, list | tuple) else [value]
             if TOKEN.search(key) and "ignore" not in key and many and all(type(one) is int for one in many):
                 new = []
@@ -332,48 +363,3 @@ def _entries(key: str, values: list[Any], kept: list[int], count: int) -> list[A
     if _indices(key, values, count):
         return [kept.index(value) for value in values if value in kept]
     return [values[index] for index in kept] if len(values) == count and _per_layer(key, values) else values
-
-
-# What a family means by names of its own, or can't do with the sizes above; by model type, or by the name of the part.
-OWN: dict[str, dict[str, Any]] = {
-    **{key: {"head_dim": 16} for key in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
-    **{key: {"head_dim": 8} for key in ("blt_global_transformer", "esmc", "helium", "mamba2")},
-    **{key: {"coordinate_size": 5, "shape_size": 6} for key in ("layoutlmv2", "layoutlmv3")},
-    **{key: {"vocab_size": 97} for key in ("wav2vec2-bert", "wav2vec2-conformer")},
-    **{key: {"window_size": 2} for key in ("swin", "donut-swin")},
-    **{key: {"num_filters": 2} for key in ("vibevoice_acoustic_tokenizer_encoder", "vibevoice_acoustic_tokenizer")},
-    "attn_config": {"rope_theta": 10000.0},
-    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 8},
-    "bit": {"num_groups": 8},
-    "blt": {"use_cache": False},
-    "bros": {"hidden_size": 64, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
-    "cvt": {"depth": [1, 2, 3]},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320},
-    "esm": {"vocab_size": 97, "mask_token_id": 32},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
-    "hgnet_v2": {"stem_channels": [3, 8, 16], "stage_in_channels": [16, 16, 32, 64], "stage_mid_channels": [8, 8, 16, 16],
-                 "stage_out_channels": [16, 32, 64, 128], "hidden_sizes": [16, 32, 64, 128]},
-    "levit": {"patch_size": 16},
-    "lilt": {"hidden_size": 48, "intermediate_size": 56},
-    "mimi": {"codebook_size": 32},
-    "mistral4": {"qk_nope_head_dim": 4, "qk_head_dim": 8, "head_dim": 8},
-    "nemotron": {"num_key_value_heads": 2},
-    "perceiver": {"num_cross_attention_heads": 1},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
-                       "indexer_compress_ratio": 2},
-    "reformer": {"hash_seed": 0, "axial_pos_shape": (4, 4), "axial_pos_embds_dim": (8, 24), "hidden_size": 32},
-    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
-    "xlstm": {"ffn_round_up_to_multiple_of": 8, "mlstm_round_up_to_multiple_of": 8},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64},
-    "zamba2": {"attention_hidden_size": 64, "mamba_headdim": 8},
-}  # fmt: skip
-# The same where layers are cut: what can't be told from the lists.
-_OWN_LAYERS: dict[str, dict[str, Any]] = {
-    "granitemoehybrid": {"mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"]},
-    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-}

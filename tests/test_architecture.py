@@ -23,14 +23,16 @@ TASK_FILES = [name.replace("-", "_") for name in TASKS]
 ALLOWED = {
     "errors": "",
     "layers": "errors",
-    "structure": "errors layers",
+    "counts": "",
+    "structure": "errors counts layers",
     "loading": "errors layers structure",
     "anatomy": "layers",
-    "surgery": "errors layers anatomy",
-    "miniature": "errors layers examples",
+    "surgery": "errors counts layers anatomy",
+    "odd_sizes": "",
+    "miniature": "errors layers examples odd_sizes",
     "examples": "errors",
     "reader": "layers anatomy",
-    "proof": "errors layers structure anatomy surgery miniature examples reader",
+    "proof": "errors counts layers structure anatomy surgery miniature examples reader",
     "scores": "errors layers anatomy surgery processes",
     "depth": "errors layers anatomy",
     "width": "errors layers anatomy surgery proof scores depth",
@@ -109,7 +111,7 @@ def test_the_two_sides_never_meet() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    expected = [f"hfcompress.{name}" for name in ("errors", "layers", "loading", "structure")]
+    expected = [f"hfcompress.{name}" for name in ("counts", "errors", "layers", "loading", "structure")]
     assert told.strip() == f"{expected} False False"
 
 
