@@ -27,6 +27,8 @@ ALLOWED = {
     "loading": "errors layers structure",
     "anatomy": "errors layers",
     "surgery": "errors layers anatomy",
+    "examples": "errors",
+    "miniature": "errors layers examples",
     "scores": "errors layers anatomy surgery processes",
     "depth": "errors layers anatomy",
     "width": "errors layers anatomy surgery scores depth",
