@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-TOKEN = re.compile(r"(token_id|token_index|_token|pad_id|start_token_id|_index|token_ids)$")
+TOKEN = re.compile(r"((?<!per)_token|token_id|token_index|pad_id|start_token_id|_index|token_ids)$")
 
 
 def example(model: Any, seed: int = 0) -> dict[str, Tensor]:

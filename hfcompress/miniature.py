@@ -288,7 +288,8 @@ class _Shrink:
         if type(size) is not int:
             return
         free = size
-        for key, value in self.old.items():
+        for key in self.old:
+            value = vars(self.config).get(key)
             many = value if isinstance(value, list | tuple) else [value]
             if TOKEN.search(key) and "ignore" not in key and many and all(type(one) is int for one in many):
                 new = []
