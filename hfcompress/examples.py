@@ -72,9 +72,14 @@ class _Example:
                 "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
                 "spatial_shapes": shapes,
             }
+        if self.kind == "voxtral_realtime":
+            bins = self.config.audio_config.num_mel_bins
+            return {"input_features": self._noise(self.BATCH, bins, self.LENGTH * self.config.audio_length_per_tok)}
         if self.kind == "dia":
             channels = self.config.decoder_config.num_channels
             return {"decoder_input_ids": self._tokens("decoder", channels)}
+        if self.kind == "kyutai_speech_to_text":
+            return {"input_ids": self._tokens("encoder", self.config.num_codebooks + 1)}
         if name.startswith("Musicgen"):
             books = getattr(self.config, "decoder", self.config).num_codebooks
             return {"input_ids": torch.cat([self._tokens("decoder") for _ in range(books)])}
@@ -112,7 +117,8 @@ class _Example:
         bins = next((size for size in sizes if isinstance(size, int)), 80)
         if self.kind == "whisper":
             return self._noise(self.BATCH, bins, 2 * self.config.max_source_positions)
-        return self._noise(self.BATCH, 64, bins)
+        stacked = 4 if self.kind.startswith("granite_speech5") else 1
+        return self._noise(self.BATCH, 64, bins * stacked)
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)

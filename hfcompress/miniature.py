@@ -1,6 +1,6 @@
 """A tiny model of any architecture, to look at or to test on: `miniature` shrinks a config, `example` makes its inputs.
 
-Sizes are told apart by the words in their names; what one family means by a name of its own is in the table `OWN`.
+Sizes are told apart by the words in their names; what one family means by a name of its own is in `odd_sizes`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hfcompress.examples import TOKEN, example
+from hfcompress.odd_sizes import ODD, ODD_LAYERS
 
 __all__ = ["example", "miniature"]
 
@@ -37,7 +38,9 @@ _NEURONS = re.compile(
     r"intermediate_size|ffn_dim|^d_ff$|^n_inner$|^d_inner$|^dff$|^dim_ff$|ffn_hidden_size|feed_forward_size|mlp_dim|"
     r"^ffn_hidden|^hidden_dim$|feedforward_dim|encoder_ffn|decoder_ffn"
 )
-_HIDDEN = re.compile(r"^(decoder_|encoder_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|dim|hidden_dim|embedding_dim)$")
+_HIDDEN = re.compile(
+    r"^(decoder_|encoder_|cross_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|dim|hidden_dim|embedding_dim)$"
+)
 _HEAD = re.compile(r"(^|_)(head_dim|head_size|d_kv|d_head|dim_head|key_dim|headdim|kv_channels|attention_head_dim)$")
 _POSITIONS = re.compile(
     r"(max_position|_positions$|max_seq_len|n_ctx|n_positions|^context_length|max_pos_emb|max_2d_pos|position_embeddings$|"
@@ -89,7 +92,7 @@ class _Shrink:
         self._principal()
         self._others()
         self._rope()
-        self._own()
+        self._odd()
         self._tokens()
         if spec is not None:
             self.config.per_layer_config = self._per_layer_overrides(spec.per_layer_overrides)
@@ -275,9 +278,9 @@ class _Shrink:
             if isinstance(rope, dict):
                 self.put(key, _tiny_rope(copy.deepcopy(rope), head))
 
-    def _own(self) -> None:
-        few = _OWN_LAYERS.get(self.config.model_type, {}) if self.layers is not None else {}
-        own = OWN.get(self.config.model_type) or OWN.get(self.config.base_config_key, {})
+    def _odd(self) -> None:
+        few = ODD_LAYERS.get(self.config.model_type, {}) if self.layers is not None else {}
+        own = ODD.get(self.config.model_type) or ODD.get(self.config.base_config_key, {})
         for key, value in {**own, **few}.items():
             self.put(key, value)
 
@@ -333,48 +336,3 @@ def _entries(key: str, values: list[Any], kept: list[int], count: int) -> list[A
     if _indices(key, values, count):
         return [kept.index(value) for value in values if value in kept]
     return [values[index] for index in kept] if len(values) == count and _per_layer(key, values) else values
-
-
-# What a family means by names of its own, or can't do with the sizes above; by model type, or by the name of the part.
-OWN: dict[str, dict[str, Any]] = {
-    **{key: {"head_dim": 16} for key in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
-    **{key: {"head_dim": 8} for key in ("blt_global_transformer", "esmc", "helium", "mamba2")},
-    **{key: {"coordinate_size": 5, "shape_size": 6} for key in ("layoutlmv2", "layoutlmv3")},
-    **{key: {"vocab_size": 97} for key in ("wav2vec2-bert", "wav2vec2-conformer")},
-    **{key: {"window_size": 2} for key in ("swin", "donut-swin")},
-    **{key: {"num_filters": 2} for key in ("vibevoice_acoustic_tokenizer_encoder", "vibevoice_acoustic_tokenizer")},
-    "attn_config": {"rope_theta": 10000.0},
-    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 8},
-    "bit": {"num_groups": 8},
-    "blt": {"use_cache": False},
-    "bros": {"hidden_size": 64, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
-    "cvt": {"depth": [1, 2, 3]},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320},
-    "esm": {"vocab_size": 97, "mask_token_id": 32},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
-    "hgnet_v2": {"stem_channels": [3, 8, 16], "stage_in_channels": [16, 16, 32, 64], "stage_mid_channels": [8, 8, 16, 16],
-                 "stage_out_channels": [16, 32, 64, 128], "hidden_sizes": [16, 32, 64, 128]},
-    "levit": {"patch_size": 16},
-    "lilt": {"hidden_size": 48, "intermediate_size": 56},
-    "mimi": {"codebook_size": 32},
-    "mistral4": {"qk_nope_head_dim": 4, "qk_head_dim": 8, "head_dim": 8},
-    "nemotron": {"num_key_value_heads": 2},
-    "perceiver": {"num_cross_attention_heads": 1},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
-                       "indexer_compress_ratio": 2},
-    "reformer": {"hash_seed": 0, "axial_pos_shape": (4, 4), "axial_pos_embds_dim": (8, 24), "hidden_size": 32},
-    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
-    "xlstm": {"ffn_round_up_to_multiple_of": 8, "mlstm_round_up_to_multiple_of": 8},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64},
-    "zamba2": {"attention_hidden_size": 64, "mamba_headdim": 8},
-}  # fmt: skip
-# The same where layers are cut: what can't be told from the lists.
-_OWN_LAYERS: dict[str, dict[str, Any]] = {
-    "granitemoehybrid": {"mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"]},
-    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-}
