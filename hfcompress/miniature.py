@@ -90,6 +90,7 @@ class _Shrink:
             self._fewer_layers(self.layers)
         self._heads()
         self._principal()
+        self._mamba()
         self._others()
         self._rope()
         self._odd()
@@ -106,7 +107,13 @@ class _Shrink:
             own = tiny[number] = copy.deepcopy(overrides.get(index, {}))
             for key, value in own.items():
                 if type(value) is int and (_WINDOW.search(key) or _WIDTH.search(key)):
-                    own[key] = 12 if "window" in key else 2 * OWN_HEAD if "head_dim" in key else NEURONS - 8
+                    own[key] = (
+                        12
+                        if "window" in key
+                        else (HEAD + 4 if self.rope else 2 * OWN_HEAD)
+                        if "head_dim" in key
+                        else NEURONS - 8
+                    )
                 elif type(value) is int and self.heads is not None:
                     own[key] = min(value, self.heads if "heads" in key else 2)
         return tiny
@@ -134,8 +141,12 @@ class _Shrink:
             self.put(key, len(keep[count]) if count else 0)
         for count, kept in keep.items():
             for key, values in self.old.items():
-                if isinstance(values, list | tuple):
-                    self.put(key, type(values)(_entries(key, list(values), kept, count)))
+                if isinstance(values, list | tuple) and (few := _entries(key, list(values), kept, count)) != list(values):
+                    self.put(key, type(values)(few))
+        if len(self.old.get("stage_names") or ()) - 1 in keep:  # a backbone: every layer is a stage
+            count = len(keep[len(self.old["stage_names"]) - 1])
+            self.config.stage_names = ["stem", *(f"stage{number}" for number in range(1, count + 1))]
+            self.config._out_features, self.config._out_indices = [f"stage{count}"], [count]
         for key, value in self.ints(_PERIOD).items():
             self.put(key, min(value, 2))
         for key, value in self.ints(re.compile("layer_offset$")).items():
@@ -190,6 +201,7 @@ class _Shrink:
                 self.put(key, few)
         for key, values in self.old.items():
             if re.search("^(num_heads|num_attention_heads(_per_layer)?)$", key) and isinstance(values, list | tuple):
+                values = getattr(self.config, key)
                 if self.heads is not None:
                     self.put(key, type(values)(1 << (min(value, self.heads).bit_length() - 1) for value in values))
                 self.query = self.query or getattr(self.config, key)[0]
@@ -207,7 +219,8 @@ class _Shrink:
         """The hidden size, the heads' own size, the neurons: the widths that the others are told by."""
         query = self.query or self.heads or 4
         head = HEAD if query <= 16 else HEAD // 2
-        hidden = query * head
+        told = [self.known[value] for value in self.ints(_HIDDEN).values() if value in self.known]
+        hidden = told[0] if told and not self.query else query * head
         self.hidden = hidden
         for key, value in self.ints(_HIDDEN).items():
             self.known.setdefault(value, hidden)
@@ -220,12 +233,24 @@ class _Shrink:
             elif self.rope:
                 self.put(key, 4 if value == self.rope else HEAD + 4)
             elif value > 0:
-                self.put(key, OWN_HEAD if query <= 16 else HEAD)
+                self.put(key, head if key == "d_head" else OWN_HEAD if query <= 16 else HEAD)
         for number, (key, value) in enumerate(self.ints(_NEURONS).items()):
             wide = NEURONS if number == 0 or "encoder" in key or "decoder" in key else NEURONS - 8 * min(number, 3)
             if value > 0 and not _HIDDEN.search(key):
                 self.known.setdefault(value, wide)
                 self.put(key, wide)
+
+    def _mamba(self) -> None:
+        """State-space heads share the expanded hidden size out."""
+        two = self.config.model_type == "mamba2"
+        count = next(iter(self.ints(re.compile("^num_heads$") if two else _MAMBA_HEADS)), None)
+        size = next(iter(self.ints(re.compile("^head_dim$" if two else "^mamba_(d_head|head_dim|headdim)$"))), None)
+        expand = self.old.get("mamba_expand") or self.old.get("expand")
+        if count and size and type(expand) is int:
+            inner = expand * self.hidden
+            heads = math.gcd(getattr(self.config, count), inner)
+            self.put(count, heads)
+            self.put(size, inner // heads)
 
     def _others(self) -> None:
         done = {key for key, value in self.old.items() if type(value) is int and getattr(self.config, key) != value}
@@ -243,7 +268,8 @@ class _Shrink:
             elif _POSITIONS.search(key):
                 self.put(key, min(value, POSITIONS))
             elif _WINDOW.search(key):
-                self.put(key, min(value, 8))
+                if "chunk_right_context" not in self.old:
+                    self.put(key, min(value, 8))
             elif _WIDTH.search(key) and not _NO_WIDTH.search(key) and value > 8:
                 self.put(key, self.known.get(value, 12 if "rank" in key else 16))
             elif key in ("image_size", "patch_size", "crop_size", "input_size"):
@@ -282,7 +308,8 @@ class _Shrink:
         few = ODD_LAYERS.get(self.config.model_type, {}) if self.layers is not None else {}
         own = ODD.get(self.config.model_type) or ODD.get(self.config.base_config_key, {})
         for key, value in {**own, **few}.items():
-            self.put(key, value)
+            count = getattr(self.config, "num_hidden_layers", 0)
+            self.put(key, [value[index % len(value)] for index in range(count)] if key == "layer_types" else value)
 
     def _tokens(self) -> None:
         """Special tokens within the vocabulary, each another one as far as it can be, and one to pad with."""
