@@ -6,10 +6,14 @@ whose layers were already cut unevenly.
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hfcompress.errors import CompressionError
@@ -229,11 +233,31 @@ def _neurons(layer: nn.Module, name: str, family: Family) -> Units:
 
 
 def body_linears(model: Any) -> list[str]:
-    """Names of every linear layer inside the base model: what `target_modules: all-linear` means, heads excepted."""
+    """Names of every linear layer inside the base model that another layer may stand in for: what `target_modules: all-linear`
+    means, heads excepted.
+
+    Left out are layers that share a weight or stand in two places, as a stand-in would part them, and layers whose weight their
+    owner multiplies by itself, as it would find codes or nothing there.
+    """
     prefix, base = base_of(model)
     skip = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    places = Counter(id(module) for _, module in base.named_modules(remove_duplicate=False))
+    holders = Counter(id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), Tensor))
     return [
         f"{prefix}{name}"
         for name, module in base.named_modules()
-        if module is not skip and kind_of(module) in ("linear", "conv1d")
+        if module is not skip
+        and kind_of(module) in ("linear", "conv1d")
+        and places[id(module)] == 1
+        and holders[id(module.weight)] == 1
+        and not _reads_weight(type(base.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2])
     ]
+
+
+@cache
+def _reads_weight(owner: type, leaf: str) -> bool:
+    """Whether a class's own code reads `self.leaf.weight`, for more than its dtype or device."""
+    reads = re.compile(rf"self\.{re.escape(leaf)}\.weight\b(?!\.(dtype|device)\b)")
+    return any(
+        reads.search(inspect.getsource(one)) for one in owner.__mro__ if one.__module__.startswith("transformers.models.")
+    )

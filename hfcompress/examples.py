@@ -15,12 +15,12 @@ TOKEN = re.compile(r"((?<!per)_token|token_id|token_index|pad_id|start_token_id|
 
 
 def example(model: Any, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs for a tiny model's forward, on its device: batch 2, 12 tokens, or images or sounds that fit its config."""
+    """Random inputs for a tiny model's forward, on its device: batch 2, 16 tokens, or images or sounds that fit its config."""
     return _Example(model, torch.Generator().manual_seed(seed)).inputs()
 
 
 class _Example:
-    BATCH, LENGTH = 2, 12
+    BATCH, LENGTH = 2, 16
 
     def __init__(self, model: Any, generator: torch.Generator) -> None:
         self.model, self.config, self.generator = model, model.config, generator

@@ -13,7 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.errors import CompressionError
-from hfcompress.layers import is_low_bit, low_bit
+from hfcompress.layers import is_low_bit, kind_of, low_bit
 from hfcompress.structure import FORMAT, Structure, rebuild
 
 
@@ -90,7 +90,11 @@ class HfcompressQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        return rebuild(model, self.quantization_config.modules)
+        rebuild(model, self.quantization_config.modules)
+        for module in model.modules():
+            if (kind_of(module) or "").startswith("low_rank"):
+                module._is_hf_initialized = True  # its factors load; what initialises a dense layer would ask for its shape
+        return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():

@@ -16,6 +16,8 @@ ODD: dict[str, dict[str, Any]] = {
     **{key: {"num_filters": 2} for key in ("vibevoice_acoustic_tokenizer_encoder", "vibevoice_acoustic_tokenizer")},
     "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"block_size": 2, "num_random_blocks": 1},
+    "bigbird_pegasus": {"block_size": 2, "num_random_blocks": 1},
     "bit": {"num_groups": 8},
     "blt": {"use_cache": False},
     "bros": {"hidden_size": 64, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hfcompress.errors import CompressionError
-from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of
+from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of, needs_us
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
@@ -70,6 +70,9 @@ def describe(model: nn.Module) -> Structure:
     left = edits
     for change in _config_changes(model, edits):
         left = _settle(model, change, left)
+    if left:
+        # In the module's own names: what transformers makes of them for older checkpoints splits and joins dense weights only.
+        model._weight_conversions = []
     plain = _as_bitsandbytes(model, left)
     if plain is not None:
         config.quantization_config = plain
@@ -216,15 +219,24 @@ def _config_changes(model: nn.Module, edits: Structure) -> Iterator[dict[str, in
     config: Any = model.config
     sizes = sorted({value for edit in edits.values() for key in ("in_features", "out_features") if (value := edit.get(key))})
     for field in _WIDTHS:
-        if hasattr(config, field):
-            yield from ({field: size} for size in sizes if size != getattr(config, field))
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    if head_dim and hasattr(config, "num_key_value_heads"):
+        if _field(config, field) is not None:
+            yield from ({field: size} for size in sizes if size != _field(config, field))
+    head_dim = _field(config, "head_dim") or _field(config, "d_kv")
+    if head_dim and _field(config, "num_key_value_heads"):
         heads = [size // head_dim for size in sizes if size % head_dim == 0]
         for query in heads:
             for key_value in heads:
                 if query % key_value == 0:
                     yield {"num_attention_heads": query, "num_key_value_heads": key_value, "head_dim": head_dim}
+
+
+def _field(config: Any, name: str) -> int | None:
+    """One whole number that holds for all layers; reading one that differs from layer to layer raises."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        return None
+    return value if type(value) is int else None
 
 
 def _settle(model: nn.Module, change: dict[str, int], edits: Structure) -> Structure:
@@ -271,7 +283,8 @@ def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | Non
         return None
     sort = dict(sorts.pop())
     skipped = _dense_names(model)
-    if not all(should_convert_module(name, skipped) for name in edits):
+    left_alone = [*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    if not all(should_convert_module(name, left_alone) and not needs_us(model.get_submodule(name)) for name in edits):
         return None
     if sort["kind"] == "linear_8bit":
         return {

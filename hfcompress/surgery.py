@@ -120,8 +120,11 @@ def become(model: nn.Module, other: nn.Module) -> nn.Module:
 def codable(model: Any, bits: int = 8) -> list[str]:
     """Names of the body's dense layers that may become codes of so many bits."""
     # T5 casts its input to the dtype of `wo`, so what transformers keeps in float32 must not become codes.
-    dense = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    names = [name for name in body_linears(model) if not dense.intersection(name.split("."))]
+    dense = [
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
+    names = [name for name in body_linears(model) if not any(f".{part}." in f".{name}." for part in dense)]
     return [name for name in names if codes_fit(model.get_submodule(name), bits)]
 
 
