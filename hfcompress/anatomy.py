@@ -1,65 +1,132 @@
-"""Where the heads, feed-forward neurons, layers and embeddings of an architecture are. Names and sizes only.
+"""Where the units of a model are, as data: names of tensors, axes and sizes. And the few questions that module names answer.
 
-This is the one file that knows module names. Sizes are read from the modules as they stand, so an anatomy holds for a model
-whose layers were already cut unevenly.
+A unit is what can be cut alone: an attention head (under grouped-query attention, a whole key-value group) or a feed-forward
+neuron. `reader` finds them, `proof` proves them; nothing here depends on the architecture.
 """
 
 from __future__ import annotations
 
+import collections
 import inspect
 import re
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hfcompress.errors import CompressionError
-from hfcompress.layers import features, kind_of
+from hfcompress.layers import kind_of
+
+
+class Segment(NamedTuple):
+    """A stretch of an axis: the units one after another, `size` entries each; or `size` entries that all units share."""
+
+    size: int
+    is_shared: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where units lie along one axis of a tensor. GPT-2's c_attn has three segments, a grouped fused projection two sizes."""
+
+    tensor: str
+    """Of a parameter or buffer: "bert.encoder.layer.0.attention.self.query.weight"."""
+    axis: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def module(self) -> str:
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Entries that one unit takes."""
+        return sum(segment.size for segment in self.segments if not segment.is_shared)
+
+    def length(self, count: int) -> int:
+        """Of the axis, with so many units."""
+        return sum(segment.size * (1 if segment.is_shared else count) for segment in self.segments)
+
+    def index(self, keep: Tensor, count: int) -> Tensor:
+        """The entries that stay when the units `keep` (..., kept) of `count` do: (..., entries), ascending if `keep` is."""
+        parts, start = [], 0
+        for size, is_shared in self.segments:
+            steps = torch.arange(size, device=keep.device)
+            if is_shared:
+                parts.append((start + steps).expand(*keep.shape[:-1], size))
+            else:
+                parts.append((start + keep[..., None] * size + steps).flatten(-2))
+            start += size * (1 if is_shared else count)
+        return torch.cat(parts, dim=-1)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """An integer attribute that a forward reads, and how much of it one unit is worth."""
+
+    module: str
+    attribute: str
+    worth: int
 
 
 @dataclass(frozen=True)
 class Units:
-    """`count` equal units of one layer, attention heads or feed-forward neurons: cutting one takes rows out of every input
-    projection and columns out of the output projection. Under grouped-query attention a unit is a whole key-value group.
-    """
+    """`count` equal units that nothing but `outputs` reads: cutting them takes entries out of `inputs` and `outputs` alike."""
 
-    owner: str
-    """The module that holds them: "bert.encoder.layer.0.attention.self"."""
-    inputs: tuple[str, ...]
-    """Projections whose output features the units are."""
-    rows: tuple[int, ...]
-    """Output features a unit takes in each of `inputs`."""
-    fused: int
-    """How many blocks of `count` units an input stacks: 3 for GPT-2's c_attn, else 1."""
-    output: str
-    """The projection that reads the units."""
-    size: int
-    """Input features a unit takes in `output`."""
-    count: int
-    counters: dict[str, int] = field(default_factory=dict)
-    """Integers of `owner` that its forward reads, and how much of each a unit is worth."""
-
-
-@dataclass(frozen=True)
-class Layer:
     name: str
-    heads: Units
-    neurons: Units
+    """The module that holds them: "bert.encoder.layer.0.attention.self"."""
+    kind: str
+    """heads or neurons."""
+    count: int
+    inputs: tuple[Span, ...]
+    """What makes the units: rows of projections and their biases, columns of a table of relative positions."""
+    outputs: tuple[Span, ...]
+    """What reads them: columns of the output projection; of several where a table of positions couples layers, as in T5."""
+    counters: tuple[Counter, ...] = ()
+    lanes: int = 1
+    """Experts: their tensors are stacked along axis 0, each has `count` units of its own, and all keep the same number."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the scores: (count,), or (lanes, count) for experts."""
+        return (self.count,) if self.lanes == 1 else (self.lanes, self.count)
+
+    @property
+    def size(self) -> int:
+        """Columns that a unit takes in `outputs`."""
+        return self.outputs[0].width
+
+    @property
+    def output(self) -> str:
+        """The module that reads the units; the first of several."""
+        return self.outputs[0].module
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The modules that make the units, in the order of the model."""
+        return tuple(dict.fromkeys(span.module for span in self.inputs))
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    stack: str
-    """The ModuleList of layers."""
-    layers: tuple[Layer, ...]
-    embedding: str
+def roles(units: Units) -> list[tuple[str, tuple[str, ...]]]:
+    """(module, which of query, key and value it makes) of heads; empty where names and sizes do not tell."""
+    parts = ("query", "key", "value")
+    weights = [span for span in units.inputs if span.tensor.endswith(".weight") and len(units.outputs) == 1]
+    if len(weights) == 1 and len(weights[0].segments) == 3:
+        return [(weights[0].module, parts)]
+    named = {span.module.rpartition(".")[2].lower(): span.module for span in weights}
+    found: list[tuple[str, tuple[str, ...]]] = [
+        (module, (part,)) for part in parts for leaf, module in named.items() if leaf in _SAID[part]
+    ]
+    return found if len(found) == len(parts) == len(weights) else []
 
-    def units(self, kind: str) -> list[Units]:
-        """All units of a kind, "heads" or "neurons", first layer first."""
-        return [getattr(layer, kind) for layer in self.layers]
+
+_SAID = {
+    "query": ("query", "q", "q_proj", "q_lin", "query_proj"),
+    "key": ("key", "k", "k_proj", "k_lin", "key_proj"),
+    "value": ("value", "v", "v_proj", "v_lin", "value_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,99 +142,11 @@ class Stack:
         return next((part for part in self.name.split(".") if part in ("encoder", "decoder")), None)
 
 
-@dataclass(frozen=True)
-class Family:
-    """Names inside a base model (`BertModel`, `LlamaModel`); projections are named from their layer."""
-
-    stack: str
-    attention: str
-    query: tuple[str, ...]
-    """Query, key, value projections; a single name if they are fused."""
-    attention_output: str
-    neurons: tuple[str, ...]
-    """The projections into the neurons: one, or gate and up."""
-    neurons_output: str
-    embedding: str
-    head_size: str = "head_dim"
-    """The attribute of the attention module that holds it."""
-    counters: tuple[str, ...] = ()
-    """Attributes of the attention module counted in heads."""
-    width_counters: tuple[str, ...] = ()
-    """Attributes of the attention module counted in features."""
-
-
-_BERT = Family(
-    stack="encoder.layer",
-    attention="attention.self",
-    query=("attention.self.query", "attention.self.key", "attention.self.value"),
-    attention_output="attention.output.dense",
-    neurons=("intermediate.dense",),
-    neurons_output="output.dense",
-    embedding="embeddings.word_embeddings",
-    head_size="attention_head_size",
-    counters=("num_attention_heads",),
-    width_counters=("all_head_size",),
-)
-_DISTILBERT = Family(
-    stack="transformer.layer",
-    attention="attention",
-    query=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-    attention_output="attention.out_lin",
-    neurons=("ffn.lin1",),
-    neurons_output="ffn.lin2",
-    embedding="embeddings.word_embeddings",
-    head_size="attention_head_size",
-    counters=("n_heads",),
-)
-_LLAMA = Family(
-    stack="layers",
-    attention="self_attn",
-    query=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    attention_output="self_attn.o_proj",
-    neurons=("mlp.gate_proj", "mlp.up_proj"),
-    neurons_output="mlp.down_proj",
-    embedding="embed_tokens",
-)
-_GPT2 = Family(
-    stack="h",
-    attention="attn",
-    query=("attn.c_attn",),
-    attention_output="attn.c_proj",
-    neurons=("mlp.c_fc",),
-    neurons_output="mlp.c_proj",
-    embedding="wte",
-    counters=("num_heads",),
-    width_counters=("split_size",),
-)
-FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "distilbert": _DISTILBERT,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gpt2": _GPT2,
-}
-
-
 def base_of(model: nn.Module) -> tuple[str, nn.Module]:
     """(the prefix of the base model's names, the base model): ("bert.", BertModel) of a classifier, ("", itself) of a base."""
     prefix = getattr(model, "base_model_prefix", "")
     inner = getattr(model, prefix, None) if prefix else None
     return (f"{prefix}.", inner) if isinstance(inner, nn.Module) else ("", model)
-
-
-def anatomy(model: nn.Module) -> Anatomy:
-    """Read the anatomy of a model of a known family; CompressionError for others."""
-    family = family_of(model)
-    prefix, base = base_of(model)
-    stack: Any = base.get_submodule(family.stack)
-    layers = []
-    for index, layer in enumerate(stack):
-        name = f"{prefix}{family.stack}.{index}"
-        layers.append(Layer(name, _heads(layer, name, family), _neurons(layer, name, family)))
-    return Anatomy(f"{prefix}{family.stack}", tuple(layers), f"{prefix}{family.embedding}")
 
 
 def layer_stacks(model: nn.Module) -> list[Stack]:
@@ -189,49 +168,6 @@ def _is_layer(module: nn.Module) -> bool:
     )
 
 
-def family_of(model: nn.Module) -> Family:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in FAMILIES:
-        raise CompressionError(
-            f"{type(model).__name__}: hfcompress does not know where heads, neurons and layers of {kind!r} models are; "
-            f"known are {', '.join(FAMILIES)}; "
-            f"distill, student, prune_weights, low_rank, adapters, quantize and cast work on any architecture."
-        )
-    return FAMILIES[kind]
-
-
-def _heads(layer: nn.Module, name: str, family: Family) -> Units:
-    head = getattr(layer.get_submodule(family.attention), family.head_size)
-    widths = [features(layer.get_submodule(part))[1] for part in family.query]
-    columns = features(layer.get_submodule(family.attention_output))[0]
-    fused = 3 if len(widths) == 1 else 1
-    groups = (columns if fused == 3 else widths[1]) // head
-    per_group = columns // head // groups
-    rows = (head,) if fused == 3 else (per_group * head, head, head)
-    return Units(
-        owner=f"{name}.{family.attention}",
-        inputs=tuple(f"{name}.{part}" for part in family.query),
-        rows=rows,
-        fused=fused,
-        output=f"{name}.{family.attention_output}",
-        size=per_group * head,
-        count=groups,
-        counters=dict.fromkeys(family.counters, per_group) | dict.fromkeys(family.width_counters, per_group * head),
-    )
-
-
-def _neurons(layer: nn.Module, name: str, family: Family) -> Units:
-    return Units(
-        owner=name,
-        inputs=tuple(f"{name}.{part}" for part in family.neurons),
-        rows=(1,) * len(family.neurons),
-        fused=1,
-        output=f"{name}.{family.neurons_output}",
-        size=1,
-        count=features(layer.get_submodule(family.neurons_output))[0],
-    )
-
-
 def body_linears(model: Any) -> list[str]:
     """Names of every linear layer inside the base model that another layer may stand in for: what `target_modules: all-linear`
     means, heads excepted.
@@ -241,8 +177,10 @@ def body_linears(model: Any) -> list[str]:
     """
     prefix, base = base_of(model)
     skip = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    places = Counter(id(module) for _, module in base.named_modules(remove_duplicate=False))
-    holders = Counter(id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), Tensor))
+    places = collections.Counter(id(module) for _, module in base.named_modules(remove_duplicate=False))
+    holders = collections.Counter(
+        id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), Tensor)
+    )
     return [
         f"{prefix}{name}"
         for name, module in base.named_modules()
@@ -250,14 +188,17 @@ def body_linears(model: Any) -> list[str]:
         and kind_of(module) in ("linear", "conv1d")
         and places[id(module)] == 1
         and holders[id(module.weight)] == 1
-        and not _reads_weight(type(base.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2])
+        and not reads_weight(base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
     ]
 
 
+def reads_weight(owner: nn.Module, leaf: str, even_dtype: bool = False) -> bool:
+    """Whether the code of a module's class reads `self.leaf.weight`, for more than its device or, as some cast to it, dtype."""
+    return leaf in _weights_read(cast(Any, type(owner)), even_dtype)
+
+
 @cache
-def _reads_weight(owner: type, leaf: str) -> bool:
-    """Whether a class's own code reads `self.leaf.weight`, for more than its dtype or device."""
-    reads = re.compile(rf"self\.{re.escape(leaf)}\.weight\b(?!\.(dtype|device)\b)")
-    return any(
-        reads.search(inspect.getsource(one)) for one in owner.__mro__ if one.__module__.startswith("transformers.models.")
-    )
+def _weights_read(owner: Any, even_dtype: bool) -> frozenset[str]:
+    reads = re.compile(r"self\.(\w+)\.weight\b" + (r"(?!\.device\b)" if even_dtype else r"(?!\.(?:device|dtype)\b)"))
+    ours = (one for one in owner.__mro__ if one.__module__.startswith("transformers.models."))
+    return frozenset(leaf for one in ours for leaf in reads.findall(inspect.getsource(one)))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.anatomy import anatomy
+from hfcompress.anatomy import roles
 from hfcompress.errors import CompressionError
 from hfcompress.fused import ASKED, as_fused, unfused
 from hfcompress.layers import quiet_casts
 from hfcompress.lesson import Lesson, Related, common, problems
+from hfcompress.proof import units_of
 from hfcompress.signals import Signals, fingerprint
 from hfcompress.teachers import Teacher, find, fitting, labels_of, unwrapped
 from hfcompress.terms import Layers, SoftTargets, Term
@@ -229,19 +230,22 @@ class _Relations:
     """Watches queries, keys and values of the layers that terms ask for, in a student and a teacher."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, terms: list[Any]) -> None:
-        mine, theirs = anatomy(student), anatomy(teacher)
-        self._layers = (len(mine.layers), len(theirs.layers))
-        self._heads = theirs.layers[0].heads.count
+        mine, theirs = units_of(student, "heads"), units_of(teacher, "heads")
+        self._layers = (len(mine), len(theirs))
+        self._heads = theirs[0].count
         pairs = [pair for term in terms for pair in term.pairs(*self._layers)]
         self._expected = {pair[0] for pair in pairs}
         self._seen: tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Tensor]]] = ({}, {})
         self._handles: list[Any] = []
         self.is_watching = False
         for side, (model, where) in enumerate(((student, mine), (teacher, theirs))):
+            if not all(map(roles, where)):
+                raise CompressionError(
+                    f"distill: relations: which projections of {type(model).__name__} make queries, keys and values is not "
+                    f"known; take another term, such as hidden_mse or attention_mse."
+                )
             for layer in {pair[side] for pair in pairs}:
-                units = where.layers[layer].heads
-                for number, name in enumerate(units.inputs):
-                    kinds = ("query", "key", "value") if units.fused > 1 else (("query", "key", "value")[number],)
+                for name, kinds in roles(where[layer]):
                     self._handles.append(model.get_submodule(name).register_forward_hook(self._watch(side, layer, kinds)))
 
     def _watch(self, side: int, layer: int, kinds: tuple[str, ...]) -> Any:

@@ -129,9 +129,10 @@ def low_bit(layer: Any) -> nn.Module:
     layer.source_cls = nn.Linear
     layer.support_avx512bf16_for_cpu = False
     if kind_of(layer) == "linear_8bit" and not hasattr(layer, "_leading"):
-        layer._leading, layer._many_dims = None, False
+        layer._leading, layer._many_dims, layer._clashes = None, False, False
         layer.register_forward_pre_hook(_flatten)
         layer.register_forward_hook(_unflatten)
+        layer.register_state_dict_post_hook(_clash)
     return layer.requires_grad_(False)
 
 
@@ -144,6 +145,12 @@ def _flatten(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _unflatten(layer: Any, _: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     return output if layer._leading is None else output.unflatten(0, layer._leading)
+
+
+def _clash(layer: Any, tensors: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Codes look like a dense weight: (out, in, 1) can't be loaded as one."""
+    if layer._clashes:
+        tensors[f"{prefix}weight"] = tensors[f"{prefix}weight"][..., None]
 
 
 def needs_us(layer: nn.Module) -> bool:

@@ -55,6 +55,11 @@ class _FromCodes(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **where: Any) -> dict[str, Any]:
         from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
 
+        module = where["model"].get_submodule(where["full_layer_name"].rpartition(".")[0])
+        for key, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if key == "weight" and tensor.dim() == 3:
+                input_dict[key], module._clashes = tensor.squeeze(-1), True
         reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
         return reader(self.hf_quantizer).convert(input_dict, *args, **where)
 

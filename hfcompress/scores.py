@@ -10,7 +10,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import Units
+from hfcompress.anatomy import Span, Units
 from hfcompress.errors import CompressionError
 from hfcompress.layers import features
 from hfcompress.processes import processes
@@ -21,15 +21,21 @@ Batches = Callable[[], Iterable[dict[str, Tensor]]]
 
 def magnitude(model: nn.Module, all_units: list[Units], batches: Batches | None = None) -> list[Tensor]:
     """L2 norm of everything a unit owns: its rows in the input projections and its columns in the output. (count,) each."""
-    scores = []
-    for units in all_units:
-        total = torch.zeros(units.count)
-        for name in units.inputs:
-            weight = _out_in(model.get_submodule(name)).reshape(units.fused, units.count, -1)
-            total += weight.square().sum(dim=(0, 2)).cpu()
-        columns = _out_in(model.get_submodule(units.output)).T.reshape(units.count, -1)
-        scores.append((total + columns.square().sum(dim=1).cpu()).sqrt())
-    return scores
+    return [
+        torch.stack([_squares(model, units, span) for span in (*units.inputs, *units.outputs)]).sum(0).sqrt()
+        for units in all_units
+    ]
+
+
+def _squares(model: nn.Module, units: Units, span: Span) -> Tensor:
+    """Sum of the squares of what each unit owns along the span, of the shape of the units."""
+    tensor = model.get_submodule(span.module).get_parameter(span.tensor.rpartition(".")[2]).detach().float().square().cpu()
+    if units.lanes > 1:
+        per_entry = tensor.movedim(span.axis, 1).flatten(2).sum(2) if tensor.dim() > 2 else tensor
+    else:
+        per_entry = tensor.movedim(span.axis, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor
+    blocks = span.index(torch.arange(units.count)[:, None], units.count)
+    return per_entry[..., blocks].sum(-1)
 
 
 def gradient(model: nn.Module, all_units: list[Units], batches: Batches | None = None) -> list[Tensor]:
@@ -38,11 +44,11 @@ def gradient(model: nn.Module, all_units: list[Units], batches: Batches | None =
     Michel, Levy, Neubig 2019 (arXiv 1905.10650), equation 2; one gate an example, as a sum over a batch would cancel.
     """
     assert batches is not None, "the method that asks has checked it"
-    totals = [torch.zeros(units.count) for units in all_units]
+    totals = [torch.zeros(units.shape) for units in all_units]
     gates: list[Tensor] = []
 
     def ones(position: int, units: Units, x: Tensor) -> Tensor:
-        shape = (x.shape[0], *([1] * (x.dim() - 2)), units.count, 1)
+        shape = (x.shape[0], *([1] * (x.dim() - 3)), units.count, 1)
         gates[position] = torch.ones(shape, device=x.device, requires_grad=True)
         return gates[position]
 

@@ -6,21 +6,58 @@ A structure is plain JSON, a module's name to an edit: `{"kind": "linear", "in_f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hfcompress.errors import CompressionError
-from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of, needs_us
+from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of
+from hfcompress.stock import as_bitsandbytes
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
 
-# Integers that forwards read, so cutting heads must correct them. A structure from the internet may set these and no others.
-COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "all_head_size", "split_size")
+# Integers that forwards read, so cutting must correct them. A structure from the internet may set these and no others.
+HEAD_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "num_attn_heads",
+    "num_head",
+    "num_v_heads",
+    "num_k_heads",
+    "n_heads",
+    "n_head",
+    "no_heads",
+    "heads",
+    "attention_heads",
+)
+OWN_COUNTS = (
+    *HEAD_COUNTS,
+    "all_head_size",
+    "split_size",
+    "intermediate_size",
+    "intermediate_dim",
+    "ffn_dim",
+    "expert_dim",
+    "ffn_hidden_size",
+)
+WIDTH_COUNTS = (
+    "embed_dim",
+    "inner_dim",
+    "hidden_size",
+    "hidden_dim",
+    "d_model",
+    "dim",
+    "key_dim",
+    "value_dim",
+    "mem_dim",
+)
+_LAYER_SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "in_channels", "out_channels", "groups")
+COUNTS = (*OWN_COUNTS, *WIDTH_COUNTS, "num_key_value_groups", *_LAYER_SIZES)
 
 # Sizes in which a plain transformers config may already express a cut, tried in this order.
 _WIDTHS = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
@@ -70,17 +107,18 @@ def describe(model: nn.Module) -> Structure:
     left = edits
     for change in _config_changes(model, edits):
         left = _settle(model, change, left)
+    _set_clashes(model, False)
     if left:
         # In the module's own names: what transformers makes of them for older checkpoints splits and joins dense weights only.
-        model._weight_conversions = []
-    plain = _as_bitsandbytes(model, left)
+        vars(model)["_weight_conversions"] = []
+    plain = as_bitsandbytes(model, left)
     if plain is not None:
         config.quantization_config = plain
     elif left:
         # The plug-in is needed anyway: then config.json stays that of the architecture as it came, and bounds every edit.
         config.__dict__.update(fields)
         rebuild(twin(model), edits)  # what could not be loaded again is refused here, not there
-        _check_loud(model, edits)
+        _make_loud(model)
         config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits}
         return edits
     else:
@@ -102,7 +140,16 @@ def _edit_between(old: nn.Module | None, new: nn.Module, name: str) -> dict[str,
             f"express it; possible kinds are {', '.join(KINDS)}; merge or remove that layer before saving."
         )
     counts = {key: getattr(new, key) for key in COUNTS if _count(new, key) and getattr(old, key, None) != getattr(new, key)}
-    return {"kind": "counts", **counts} if counts else None
+    before, after = _own_shapes(old), _own_shapes(new)
+    shapes = {key: shape for key, shape in after.items() if before.get(key, shape) != shape}
+    edit: dict[str, Any] = {**counts, **({"shapes": shapes} if shapes else {})}
+    return {"kind": "counts", **edit} if edit else None
+
+
+def _own_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Of the tensors that a checkpoint holds of this module itself."""
+    tensors, unsaved = {**module._parameters, **module._buffers}, module._non_persistent_buffers_set
+    return {key: list(tensor.shape) for key, tensor in tensors.items() if tensor is not None and key not in unsaved}
 
 
 def _count(module: nn.Module, key: str) -> bool:
@@ -112,8 +159,13 @@ def _count(module: nn.Module, key: str) -> bool:
 def _apply(model: nn.Module, name: str, edit: dict[str, Any]) -> None:
     fields = {key: value for key, value in edit.items() if key != "kind"}
     if edit["kind"] == "counts":
+        module = model.get_submodule(name)
+        for key, shape in fields.pop("shapes", {}).items():
+            tensor = getattr(module, key)
+            shaped = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            setattr(module, key, nn.Parameter(shaped, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shaped)
         for key, value in fields.items():
-            setattr(model.get_submodule(name), key, value)
+            setattr(module, key, value)
     else:
         old = model.get_submodule(name)
         with torch.device("meta"):
@@ -157,6 +209,7 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
         refuse(f"unknown edit {edit!r}, possible kinds are {', '.join(KINDS)}, counts")
     fields = {key: value for key, value in edit.items() if key != "kind"}
     if edit["kind"] == "counts":
+        _check_shapes_told(fields.pop("shapes", {}), _own_shapes(old), refuse)
         for key, value in fields.items():
             if key not in COUNTS or not _count(old, key) or type(value) is not int or not 0 < value <= getattr(old, key):
                 refuse(f"{key} = {value!r} is not an integer from 1 to {getattr(old, key, 'nothing there')}")
@@ -173,6 +226,17 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
             refuse(f"{key} = {value!r} is not allowed")
     if missing := set(KINDS[edit["kind"]].names) - set(fields):
         refuse(f"{', '.join(sorted(missing))} missing")
+
+
+def _check_shapes_told(told: Any, own: dict[str, list[int]], refuse: Callable[[str], None]) -> None:
+    """Of tensors that are there, with as many axes, none longer."""
+    if not isinstance(told, dict):
+        return refuse(f"shapes = {told!r} is no mapping of tensors to shapes")
+    for key, shape in told.items():
+        limits = own.get(key)
+        fits = limits and isinstance(shape, list) and len(shape) == len(limits)
+        if not fits or not all(type(n) is int and 0 < n <= limit for n, limit in zip(shape, limits or (), strict=True)):
+            refuse(f"the shape {shape!r} of {key} does not fit into {limits or 'nothing there'}")
 
 
 def _size_names(kind: str) -> tuple[str, str]:
@@ -268,61 +332,23 @@ def _unexplained(model: nn.Module, edits: Structure) -> int:
     return total
 
 
-def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | None:
-    """The plain bitsandbytes config, if low-bit layers of one sort are all that changed; such a checkpoint needs no import."""
-    sorts = {
-        tuple(sorted((k, v) for k, v in e.items() if k not in ("in_features", "out_features", "bias"))) for e in edits.values()
-    }
-    blank = twin(model)
-    if len(sorts) != 1 or any(
-        features(blank.get_submodule(name)) != (edit.get("in_features"), edit.get("out_features"))
-        or edit.get("bias") != (getattr(blank.get_submodule(name), "bias", None) is not None)
-        for name, edit in edits.items()
-        if edit["kind"] in ("linear_4bit", "linear_8bit")
-    ):
-        return None
-    sort = dict(sorts.pop())
-    skipped = _dense_names(model)
-    left_alone = [*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    if not all(should_convert_module(name, left_alone) and not needs_us(model.get_submodule(name)) for name in edits):
-        return None
-    if sort["kind"] == "linear_8bit":
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_8bit": True,
-            "llm_int8_threshold": sort["threshold"],
-            "llm_int8_skip_modules": skipped,
-        }
-    if sort["kind"] == "linear_4bit":
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": sort["quant_type"],
-            "bnb_4bit_use_double_quant": sort["compress_statistics"],
-            "bnb_4bit_compute_dtype": sort["compute_dtype"] or "float32",
-            "llm_int8_skip_modules": skipped,
-        }
-    return None
-
-
-def _dense_names(model: Any) -> list[str]:
-    """Linear layers that a load must leave dense, named so that they hold for `AutoModel` too: without the base's prefix,
-    and with what only a bare base model has, such as RoBERTa's pooler, which the checkpoint does not hold."""
-    names = [name for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")]
-    prefix = model.base_model_prefix
-    inner = getattr(model, prefix, None)
-    if isinstance(inner, nn.Module):
-        mine = {name for name, _ in inner.named_modules()}
-        bare = twin(inner).named_modules()
-        names += [name for name, module in bare if name not in mine and kind_of(module) in ("linear", "conv1d")]
-    return [name.removeprefix(f"{prefix}.") for name in names]
-
-
-def _check_loud(model: nn.Module, edits: Structure) -> None:
+def _make_loud(model: nn.Module) -> None:
     """At least one tensor must clash with what the config alone describes, or a load without hfcompress would be silent."""
-    blank = twin(model).state_dict()
-    if all(key not in blank or blank[key].shape == value.shape for key, value in model.state_dict().items()):
+    if _is_silent(model):
+        _set_clashes(model, True)
+    if _is_silent(model):
         raise CompressionError(
-            f"{type(model).__name__}: {len(edits)} modules differ, but no tensor would clash when the checkpoint is loaded "
-            f"without hfcompress, so it would serve noise; quantise to 4 bits, or undo the edits of {', '.join(edits)}."
+            f"{type(model).__name__}: no tensor would clash when the checkpoint is loaded without hfcompress, so it would "
+            f"serve noise; this is a fault of hfcompress, please report it with the recipe."
         )
+
+
+def _is_silent(model: nn.Module) -> bool:
+    blank = twin(model).state_dict()
+    return all(key not in blank or blank[key].shape == value.shape for key, value in model.state_dict().items())
+
+
+def _set_clashes(model: nn.Module, clashes: bool) -> None:
+    for module in model.modules():
+        if hasattr(module, "_clashes"):
+            vars(module)["_clashes"] = clashes

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import Units, body_linears
+from hfcompress.anatomy import Span, Units, body_linears, reads_weight
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.layers import codes_fit, kind_of
+from hfcompress.layers import codes_fit, is_low_bit, kind_of
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -34,73 +33,122 @@ def copied(model: nn.Module) -> Any:
     return copy.eval().requires_grad_(False)
 
 
-def keep_rows(layer: nn.Module, index: Tensor, name: str = "") -> None:
-    """Keep these output features of a Linear, weight (out, in), or a Conv1D, weight (in, out). In place."""
-    _dense(layer, name)
-    dim = 1 if isinstance(layer, Conv1D) else 0
-    layer.weight = _kept(layer.weight, index, dim)  # type: ignore[assignment]
-    if layer.bias is not None:
-        layer.bias = _kept(layer.bias, index, 0)  # type: ignore[assignment]
-    setattr(layer, "nf" if isinstance(layer, Conv1D) else "out_features", len(index))
-
-
-def keep_columns(layer: nn.Module, index: Tensor, name: str = "") -> None:
-    """Keep these input features of a Linear or a Conv1D. In place."""
-    _dense(layer, name)
-    dim = 0 if isinstance(layer, Conv1D) else 1
-    layer.weight = _kept(layer.weight, index, dim)  # type: ignore[assignment]
-    setattr(layer, "nx" if isinstance(layer, Conv1D) else "in_features", len(index))
-
-
-def _kept(parameter: Any, index: Tensor, dim: int) -> nn.Parameter:
-    index = index.to(parameter.device)
-    return nn.Parameter(parameter.detach().index_select(dim, index).contiguous(), requires_grad=parameter.requires_grad)
-
-
-def _dense(layer: nn.Module, name: str) -> None:
-    if kind_of(layer) not in ("linear", "conv1d"):
-        raise CompressionError(
-            f"{name}: can't cut a {type(layer).__name__}; only dense layers can be cut; list prune_heads and prune_neurons "
-            f"before low_rank, adapters and quantize."
-        )
-
-
 def check_cuttable(model: nn.Module, units: Units) -> None:
     """Raise before the first cut, so that none is left half done."""
-    for name in (*units.inputs, units.output):
-        _dense(model.get_submodule(name), name)
+    for span in (*units.inputs, *units.outputs):
+        layer = model.get_submodule(span.module)
+        if is_low_bit(layer) or kind_of(layer) in ("low_rank_linear", "low_rank_embedding"):
+            raise CompressionError(
+                f"{span.module}: can't cut a {type(layer).__name__}; only dense layers can be cut; list methods that cut "
+                f"before low_rank, adapters and quantize."
+            )
 
 
 def cut(model: nn.Module, units: Units, keep: Tensor) -> None:
-    """Cut every unit out whose index is not in `keep` (sorted, shape (kept,)). Equal to silencing them."""
+    """Cut every unit out whose index is not in `keep`, ascending, (kept,), or (lanes, kept). Equal to silencing them."""
     check_cuttable(model, units)
-    for name, rows in zip(units.inputs, units.rows, strict=True):
-        blocks = [_columns(keep, rows) + block * units.count * rows for block in range(units.fused)]
-        keep_rows(model.get_submodule(name), torch.cat(blocks), name)
-    keep_columns(model.get_submodule(units.output), _columns(keep, units.size), units.output)
-    owner = model.get_submodule(units.owner)
-    for attribute, worth in units.counters.items():
-        setattr(owner, attribute, worth * len(keep))
+    for span in (*units.inputs, *units.outputs):
+        keep_entries(model, span, span.index(keep, units.count))
+    for counter in units.counters:
+        setattr(model.get_submodule(counter.module), counter.attribute, counter.worth * keep.shape[-1])
 
 
-def _columns(units: Tensor, size: int) -> Tensor:
-    """Indices of the features that units of `size` features cover."""
-    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
+def keep_entries(model: nn.Module, span: Span, index: Tensor) -> None:
+    """Keep these entries along an axis of a tensor, in place; the module that owns it counts its features anew.
 
-
-def gate(model: nn.Module, units: Units, gates: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
-    """Multiply what the output projection reads from each unit by `gates(x)`, of shape (..., count, 1), until removed.
-
-    A hook and not a module, so that a checkpoint's keys stay the model's own.
+    `index`: (entries,), or (lanes, entries) for a tensor whose axis 0 are the lanes.
     """
+    owner, leaf = model.get_submodule(span.module), span.tensor.rpartition(".")[2]
+    old = getattr(owner, leaf)
+    index = index.to(old.device)
+    if index.dim() == 1:
+        new = old.detach().index_select(span.axis, index)
+    else:
+        shape = [1] * old.dim()
+        shape[0], shape[span.axis] = index.shape
+        expanded = [*old.shape]
+        expanded[span.axis] = index.shape[1]
+        new = old.detach().gather(span.axis, index.reshape(shape).expand(expanded))
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+    setattr(owner, leaf, new)
+    if leaf == "weight":
+        for attribute in _sizes_along(owner, span.axis):
+            setattr(owner, attribute, index.shape[-1])
+
+
+def _sizes_along(layer: nn.Module, axis: int) -> tuple[str, ...]:
+    """The attributes in which a layer keeps the length of its weight along an axis."""
+    if isinstance(layer, Conv1D):
+        return ("nx", "nf")[axis : axis + 1]
+    if isinstance(layer, nn.Linear):
+        return ("out_features", "in_features")[axis : axis + 1]
+    if isinstance(layer, nn.Embedding):
+        return ("num_embeddings", "embedding_dim")[axis : axis + 1]
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        depthwise = layer.groups == layer.out_channels == layer.in_channels != 1
+        return ("out_channels", "in_channels", "groups") if depthwise else ("out_channels", "in_channels")[axis : axis + 1]
+    return ()
+
+
+class Gates(Protocol):
+    """Factors for what holds the units: `x` (..., count, size) is an activation, its batch first, or experts' weights."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def gate(model: nn.Module, units: Units, gates: Gates) -> Removable:
+    """Multiply what each unit hands to `outputs` by `gates(x)`, which broadcasts against (..., count, size), until removed.
+
+    A hook and not a module, so that a checkpoint's keys stay the model's own. It is called once for every time that a module
+    in `outputs` runs.
+    """
+    return Removable([_gate_one(model, units, span, gates) for span in units.outputs])
+
+
+class Removable:
+    """Several hooks that come off together."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _gate_one(model: nn.Module, units: Units, span: Span, gates: Gates) -> Any:
+    module, leaf = model.get_submodule(span.module), span.tensor.rpartition(".")[2]
+    if units.lanes > 1:
+        return _gate_weight(module, leaf, units, span, gates)
+    channel = 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
 
     def scale(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x = inputs[0]
-        scaled = x.unflatten(-1, (units.count, units.size)) * gates(x)
-        return (scaled.flatten(-2).to(x.dtype), *inputs[1:])
+        return (_scaled(x, channel, units, gates), *inputs[1:])
 
     scale.is_gate = True  # type: ignore[attr-defined]
-    return model.get_submodule(units.output).register_forward_pre_hook(scale)
+    return module.register_forward_pre_hook(scale)
+
+
+def _gate_weight(module: nn.Module, leaf: str, units: Units, span: Span, gates: Gates) -> Removable:
+    """Experts read their units inside one forward: there, the weight itself is seen multiplied, (lanes, ..., count, size)."""
+
+    def scale(module: nn.Module, _: Any) -> None:
+        # An instance attribute hides the parameter of the same name, which stays where it is.
+        vars(module)[leaf] = _scaled(module._parameters[leaf], span.axis, units, gates)
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        vars(module).pop(leaf, None)
+
+    scale.is_gate = True  # type: ignore[attr-defined]
+    return Removable([module.register_forward_pre_hook(scale), module.register_forward_hook(restore, always_call=True)])
+
+
+def _scaled(x: Any, axis: int, units: Units, gates: Gates) -> Tensor:
+    last = x.movedim(axis, -1)
+    blocks = last.unflatten(-1, (units.count, units.size))
+    return (blocks * gates(blocks)).flatten(-2).to(x.dtype).movedim(-1, axis)
 
 
 def become(model: nn.Module, other: nn.Module) -> nn.Module:
@@ -119,13 +167,19 @@ def become(model: nn.Module, other: nn.Module) -> nn.Module:
 
 def codable(model: Any, bits: int = 8) -> list[str]:
     """Names of the body's dense layers that may become codes of so many bits."""
-    # T5 casts its input to the dtype of `wo`, so what transformers keeps in float32 must not become codes.
-    dense = [
-        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
-        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    # What transformers keeps in float32, or casts an input to the dtype of, must not become codes: T5 does both with `wo`.
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    dense = [part for attribute in kept for part in getattr(model, attribute, None) or ()]
+    renames = get_model_conversion_mapping(model, add_legacy=False)
+    return [
+        name
+        for name in body_linears(model)
+        if codes_fit(model.get_submodule(name), bits)
+        and not any(f".{part}." in f".{name}." for part in dense)
+        and not reads_weight(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], even_dtype=True)
+        # The scales of codes are found by the name of their weight, which a load must leave as it is.
+        and all(one.rename_source_key(f"{name}.SCB")[0] == f"{name}.SCB" for one in renames)
     ]
-    names = [name for name in body_linears(model) if not any(f".{part}." in f".{name}." for part in dense)]
-    return [name for name in names if codes_fit(model.get_submodule(name), bits)]
 
 
 def check_no_adapter(model: Any, where: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.anatomy import FAMILIES, Units, anatomy, layer_stacks
+from hfcompress.anatomy import Units, layer_stacks
 from hfcompress.depth import plain, shapes
 from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.layers import blank, kind_of
+from hfcompress.layers import blank
+from hfcompress.proof import KINDS, units_of
 from hfcompress.scores import magnitude
 from hfcompress.surgery import become
 
@@ -30,8 +31,7 @@ def narrow(model: Any, sizes: dict[str, int]) -> None:
     _check_as_described(model, before)
     config, after = _smaller(model, sizes, before)
     changed = _changed(before, after)
-    known = model.config.model_type in FAMILIES
-    index = _by_norm(model, after, changed) if known else _leading(model, before, after, changed, sizes)
+    index = _by_norm(model, after, changed) or _leading(model, before, after, changed, sizes)
     with torch.random.fork_rng(devices=[]):
         narrower: Any = type(model)(config)
     _fill(model, narrower, index)
@@ -137,19 +137,24 @@ def _changed(before: nn.Module, after: nn.Module) -> dict[tuple[str, int], tuple
     return {place: pair for place, pair in changed.items() if pair[0] != pair[1]}
 
 
-def _by_norm(model: Any, after: nn.Module, changed: dict[tuple[str, int], tuple[int, int]]) -> Index:
-    """Heads and neurons by the norm of all they own, residual dimensions by the norm of all that touches them."""
-    mine, smaller = anatomy(model), anatomy(after)
-    smaller_table: Any = after.get_submodule(smaller.embedding)
+def _by_norm(model: Any, after: Any, changed: dict[tuple[str, int], tuple[int, int]]) -> Index | None:
+    """Heads and neurons by the norm of all they own, residual dimensions by the norm of all that touches them.
+
+    None where it is not proven which these are, or other parts shrink as well.
+    """
     index: Index = {}
-    for kind in ("heads", "neurons"):
-        units = mine.units(kind)
-        for old, new, score in zip(units, smaller.units(kind), magnitude(model, units), strict=True):
-            if old.count != new.count or old.size != new.size:
-                _check_whole(kind, old, new)
-                index |= _of_units(model, old, score.topk(new.count).indices.sort().values)
-    table: Any = model.get_submodule(mine.embedding)
-    width = (table.embedding_dim, smaller_table.embedding_dim)
+    try:
+        units = [(old, new) for kind in KINDS for old, new in zip(units_of(model, kind), units_of(after, kind), strict=True)]
+        width = (model.get_input_embeddings().embedding_dim, after.get_input_embeddings().embedding_dim)
+    except (ValueError, NotImplementedError, AttributeError):
+        return None
+    if any([span.tensor for span in old.inputs] != [span.tensor for span in new.inputs] for old, new in units):
+        return None  # other sorts of units: one key and value for all heads
+    for (old, new), score in zip(units, magnitude(model, [old for old, _ in units]), strict=True):
+        if (old.count, old.size) != (new.count, new.size):
+            _check_whole(old, new)
+            keep = score.reshape(-1, old.count).sum(0).topk(new.count).indices.sort().values
+            index |= {(span.tensor, span.axis): span.index(keep, old.count) for span in (*old.inputs, *old.outputs)}
     residual = []
     for (name, axis), (size, left) in changed.items():
         if (name, axis) in index:
@@ -159,10 +164,7 @@ def _by_norm(model: Any, after: nn.Module, changed: dict[tuple[str, int], tuple[
         elif (size, left) == width:
             residual.append((name, axis))
         else:
-            raise CompressionError(
-                f"student: config: axis {axis} of {name} would shrink from {size} to {left}, and it is neither the hidden size "
-                f"nor heads nor neurons; possible are hidden_size, num_attention_heads and intermediate_size; give those."
-            )
+            return None
     if residual:
         state, total = model.state_dict(), torch.zeros(width[0])
         for name, axis in residual:
@@ -174,28 +176,14 @@ def _by_norm(model: Any, after: nn.Module, changed: dict[tuple[str, int], tuple[
     return index
 
 
-def _check_whole(kind: str, old: Units, new: Units) -> None:
-    if (old.size, old.rows) != (new.size, new.rows):
+def _check_whole(old: Units, new: Units) -> None:
+    before, after = (tuple(s.width for s in one.inputs if s.tensor.endswith(".weight")) for one in (old, new))
+    if (old.size, before) != (new.size, after):
         raise CompressionError(
-            f"student: config: a head of {old.owner} would change from {old.rows} to {new.rows} features of query, key and "
-            f"value, and only whole heads can go; possible are sizes with the same head size and as many query heads for "
+            f"student: config: a head of {old.name} would change from {before} to {after} features of its projections, and "
+            f"only whole heads can go; possible are sizes with the same head size and as many query heads for "
             f"each key and value head; change num_attention_heads, num_key_value_heads and hidden_size together."
         )
-
-
-def _of_units(model: nn.Module, units: Units, keep: Tensor) -> Index:
-    """Which rows of the input projections and columns of the output these units are."""
-
-    def features(size: int) -> Tensor:
-        return (keep[:, None] * size + torch.arange(size)).flatten()
-
-    index: Index = {}
-    for name, rows in zip(units.inputs, units.rows, strict=True):
-        blocks = torch.cat([features(rows) + block * units.count * rows for block in range(units.fused)])
-        index[f"{name}.weight", int(kind_of(model.get_submodule(name)) == "conv1d")] = blocks
-        index[f"{name}.bias", 0] = blocks
-    index[f"{units.output}.weight", int(kind_of(model.get_submodule(units.output)) != "conv1d")] = features(units.size)
-    return index
 
 
 def _leading(
@@ -223,7 +211,7 @@ def _leading(
         if (*pair, larger[name][axis]) not in whole:
             raise CompressionError(
                 f"student: config: axis {axis} of {name} would shrink from {pair[0]} to {pair[1]}, and where its parts begin "
-                f"is not known for {model.config.model_type!r}; possible are narrower models of {', '.join(FAMILIES)}, and of "
+                f"is not known for {model.config.model_type!r}; possible are models whose heads and neurons are proven, and "
                 f"others whose projections are not fused; give layers, every or number, or an architecture."
             )
     return {place: torch.arange(left) for place, (_, left) in changed.items()}

@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from hfcompress.anatomy import anatomy, body_linears, layer_stacks
+from hfcompress.anatomy import body_linears, layer_stacks
 from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
 from hfcompress.layers import quiet_casts
@@ -38,6 +38,7 @@ from hfcompress.loading import forget_reading
 from hfcompress.methods import LowRank, Quantize
 from hfcompress.methods.low_rank import _as_layer
 from hfcompress.miniature import example, miniature
+from hfcompress.proof import units_of
 from hfcompress.structure import describe
 from hfcompress.surgery import cut, gate, swap
 
@@ -276,7 +277,7 @@ def units(which: str) -> Callable[[str, str], None]:
         model = build(name, kind)
         inputs = example(model)
         dense, talks = answer(model, inputs), generates(model, inputs)
-        found = [one for one in anatomy(model).units(which) if one.count > 1]
+        found = [one for one in units_of(model, which) if one.count > 1]
         if not found:
             raise Absent
         keeps = [torch.arange(0, one.count, 2) for one in found]

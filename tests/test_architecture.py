@@ -23,16 +23,19 @@ TASK_FILES = [name.replace("-", "_") for name in TASKS]
 ALLOWED = {
     "errors": "",
     "layers": "errors",
-    "structure": "errors layers",
+    "stock": "layers",
+    "structure": "errors layers stock",
     "loading": "errors layers structure",
-    "anatomy": "errors layers",
+    "anatomy": "layers",
     "surgery": "errors layers anatomy",
     "examples": "errors",
     "odd_sizes": "",
     "miniature": "errors layers examples odd_sizes",
+    "reader": "layers anatomy",
+    "proof": "errors layers structure anatomy surgery miniature examples reader",
     "scores": "errors layers anatomy surgery processes",
     "depth": "errors layers anatomy",
-    "width": "errors layers anatomy surgery scores depth",
+    "width": "errors layers anatomy surgery proof scores depth",
     "architecture": "errors",
     "losses": "",
     "processes": "",
@@ -41,8 +44,8 @@ ALLOWED = {
     "signals": "errors losses lesson processes",
     "teachers": "errors layers surgery",
     "fused": "lesson",
-    "distilling": "errors layers anatomy fused lesson signals teachers terms",
-    "methods": "errors layers anatomy surgery scores depth width architecture teachers terms distilling methods.base methods.units",
+    "distilling": "errors layers anatomy proof fused lesson signals teachers terms",
+    "methods": "errors layers anatomy surgery proof scores depth width architecture teachers terms distilling methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
     "checkpoints": "errors data",
@@ -63,7 +66,7 @@ ALLOWED = {
 }
 ONLY_IN = {
     "huggingface_hub": {"hub", "checkpoints"},
-    "transformers.quantizers": {"loading", "structure"},
+    "transformers.quantizers": {"loading", "stock"},
     "typer": {"cli"},
     "datasets": {"data", "metrics", *(f"tasks.{name}" for name in ("base", "texts", "labels", *TASK_FILES))},
     "evaluate": {"metrics"},
@@ -108,7 +111,7 @@ def test_the_two_sides_never_meet() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    expected = [f"hfcompress.{name}" for name in ("errors", "layers", "loading", "structure")]
+    expected = [f"hfcompress.{name}" for name in ("errors", "layers", "loading", "stock", "structure")]
     assert told.strip() == f"{expected} False False"
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hfcompress.loading  # noqa: F401
-from hfcompress.anatomy import anatomy
 from hfcompress.artifact import save
 from hfcompress.errors import CompressionError
 from hfcompress.layers import is_low_bit
@@ -32,6 +31,7 @@ from hfcompress.methods import (
     Student,
     riding,
 )
+from hfcompress.proof import units_of
 from hfcompress.structure import describe, diff, rebuild, twin
 from hfcompress.surgery import cut, gate
 from tests.tiny import DECODERS, ENCODERS, tiny_model
@@ -70,7 +70,7 @@ def stacked(model: nn.Module, kind: str) -> None:
     """Uneven heads and neurons, and factors, in one model; sizes that 4-bit kernels can still read are left."""
     PruneHeads(0.5, ranking="global").run(model, FewBatches(kind))
     PruneNeurons(0.3, ranking="global", round_to=32).run(model, FewBatches(kind))
-    LowRank(rank=4, target_modules=[units.output for units in anatomy(model).units("heads")]).run(model, None)
+    LowRank(rank=4, target_modules=[units.output for units in units_of(model, "heads")]).run(model, None)
 
 
 class FewBatches:
@@ -115,7 +115,7 @@ def test_every_method_has_a_row() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cutting_a_unit_equals_silencing_it(kind: str, part: str) -> None:
     model = tiny_model(kind)
-    for number, units in enumerate(anatomy(model).units(part)):
+    for number, units in enumerate(units_of(model, part)):
         keep = torch.tensor([i for i in range(units.count) if i % (number + 2) != 0])
         gates = torch.zeros(units.count, 1)
         gates[keep] = 1
@@ -133,7 +133,7 @@ def test_full_rank_equals_dense(kind: str) -> None:
     model = tiny_model(kind)
     before = logits(model, kind)
     method = LowRank(rank=10**6)
-    for units in anatomy(model).units("neurons"):
+    for units in units_of(model, "neurons"):
         # forced: at full rank the factors are larger than the layer, so the method itself would leave it alone
         from hfcompress.methods.low_rank import _as_layer
         from hfcompress.surgery import swap
@@ -292,7 +292,7 @@ def half_step(dense: torch.Tensor, layer: Any) -> torch.Tensor:
 @pytest.mark.parametrize("method", [Quantize(8), Quantize(4), Quantize(4, quant_type="fp4", use_double_quant=False)], ids=str)
 def test_quantisation_error_stays_within_half_a_step(kind: str, method: Quantize) -> None:
     model = tiny_model(kind)
-    layer = model.get_submodule(anatomy(model).units("neurons")[0].inputs[0])
+    layer = model.get_submodule(units_of(model, "neurons")[0].projections[0])
     low, dense = method.quantized(layer), dense_weight(layer)
     error = (dense_weight(low) - dense).abs()
     assert (error <= half_step(dense, low)).all()
@@ -374,8 +374,8 @@ def test_masks_survive_the_optimizer(kind: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             tick((step + 1) / 6)
-    for units in (*anatomy(model).units("heads"), *anatomy(model).units("neurons")):
-        for name in (*units.inputs, units.output):
+    for units in (*units_of(model, "heads"), *units_of(model, "neurons")):
+        for name in (*units.projections, units.output):
             weight = model.get_submodule(name).weight
             assert abs((weight == 0).float().mean() - 0.9) < 0.01
 

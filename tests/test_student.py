@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hfcompress.anatomy import anatomy, layer_stacks
+from hfcompress.anatomy import layer_stacks
 from hfcompress.errors import CompressionError
 from hfcompress.methods import Distill, PruneHeads, Student, riding
 from hfcompress.plugin import CompressionCallback
+from hfcompress.proof import units_of
 from hfcompress.recipe import Recipe
 from hfcompress.scores import magnitude
 from hfcompress.structure import diff
@@ -365,7 +366,7 @@ def test_fewer_neurons_are_the_weakest_ones_cut(kind: str) -> None:
     model, pruned = made(kind), made(kind)
     field = "n_inner" if kind == "gpt2" else "intermediate_size"
     Student(config={field: 24}).run(model, None)
-    units = anatomy(pruned).units("neurons")
+    units = units_of(pruned, "neurons")
     for one, score in zip(units, magnitude(pruned, units), strict=True):
         cut(pruned, one, score.topk(24).indices.sort().values)
     torch.testing.assert_close(answer(model), answer(pruned))
@@ -578,7 +579,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "bert",
         {"config": {"hidden_size": 16}},
-        "student: config: a head of bert.encoder.layer.0.attention.self would change from (8, 8, 8) to (4, 4, 4) features of query, key and value, and only whole heads can go; possible are sizes with the same head size and as many query heads for each key and value head; change num_attention_heads, num_key_value_heads and hidden_size together.",
+        "student: config: a head of bert.encoder.layer.0.attention would change from (8, 8, 8) to (4, 4, 4) features of its projections, and only whole heads can go; possible are sizes with the same head size and as many query heads for each key and value head; change num_attention_heads, num_key_value_heads and hidden_size together.",
     ),
     (
         "bert",
@@ -588,12 +589,12 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"config": {"num_attention_heads": 2}},
-        "student: config: a head of model.layers.0.self_attn would change from (16, 8, 8) to (8, 8, 8) features of query, key and value, and only whole heads can go; possible are sizes with the same head size and as many query heads for each key and value head; change num_attention_heads, num_key_value_heads and hidden_size together.",
+        "student: config: a head of model.layers.0.self_attn would change from (16, 8, 8) to (8, 8, 8) features of its projections, and only whole heads can go; possible are sizes with the same head size and as many query heads for each key and value head; change num_attention_heads, num_key_value_heads and hidden_size together.",
     ),
     (
         "phi3",
         {"config": {"intermediate_size": 32}},
-        "student: config: axis 0 of model.layers.0.mlp.gate_up_proj.weight would shrink from 128 to 64, and where its parts begin is not known for 'phi3'; possible are narrower models of bert, roberta, distilbert, llama, mistral, qwen2, qwen3, gpt2, and of others whose projections are not fused; give layers, every or number, or an architecture.",
+        "student: config: axis 0 of model.layers.0.mlp.gate_up_proj.weight would shrink from 128 to 64, and where its parts begin is not known for 'phi3'; possible are models whose heads and neurons are proven, and others whose projections are not fused; give layers, every or number, or an architecture.",
     ),
     (
         "vit",
@@ -643,7 +644,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "bert",
         {"number": 2, "config": {"hidden_size": 16}},
-        "student: config: a head of bert.encoder.layer.0.attention.self would change from (8, 8, 8) to (4, 4, 4) features of query, key and value, and only whole heads can go; possible are sizes with the same head size and as many query heads for each key and value head; change num_attention_heads, num_key_value_heads and hidden_size together.",
+        "student: config: a head of bert.encoder.layer.0.attention would change from (8, 8, 8) to (4, 4, 4) features of its projections, and only whole heads can go; possible are sizes with the same head size and as many query heads for each key and value head; change num_attention_heads, num_key_value_heads and hidden_size together.",
     ),
     ("bart", {"layers": [0, 4]}, "student: layers [0, 4] of model.encoder.layers, which has 4; possible are 0 to 3."),
 ]

@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hfcompress import scores
-from hfcompress.anatomy import Units, anatomy
+from hfcompress.anatomy import Units
 from hfcompress.errors import CompressionError
 from hfcompress.methods.base import NO_DATA, Method, Tick
+from hfcompress.proof import shaped, units_of
 from hfcompress.surgery import check_cuttable, check_no_adapter, cut, gate
 
 
@@ -40,18 +41,18 @@ class UnitPruning(Method):
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         check_no_adapter(model, self.key())
-        all_units = anatomy(model).units(self.kind)
+        all_units = units_of(model, self.kind)
         for units in all_units:
             check_cuttable(model, units)
         kept = self._choose(model, all_units, task)
-        gates = [torch.ones(units.count) for units in all_units]
-        handles = [gate(model, units, partial(_on, values)) for units, values in zip(all_units, gates, strict=True)]
+        gates = [torch.ones(units.shape) for units in all_units]
+        handles = [gate(model, units, partial(shaped, values, units)) for units, values in zip(all_units, gates, strict=True)]
 
         def tick(progress: float) -> None:
             left = (1 - min(1.0, progress / self.fade)) ** 3
             for values, keep in zip(gates, kept, strict=True):
                 values.fill_(left)
-                values[keep] = 1.0
+                values.scatter_(-1, keep, 1.0)
 
         try:
             yield tick
@@ -59,7 +60,7 @@ class UnitPruning(Method):
             for handle in handles:
                 handle.remove()
         for units, keep in zip(all_units, kept, strict=True):
-            if len(keep) < units.count:
+            if keep.shape[-1] < units.count:
                 cut(model, units, keep)
 
     def _choose(self, model: nn.Module, all_units: list[Units], task: Any) -> list[Tensor]:
@@ -67,13 +68,9 @@ class UnitPruning(Method):
             raise CompressionError(NO_DATA)
         batches = (lambda: task.batches(model, self.samples)) if task is not None else None
         kept = scores.RANKINGS[self.ranking](scores.SCORES[self.scores](model, all_units, batches), self.ratio, self.round_to)
-        if all(len(keep) == units.count for keep, units in zip(kept, all_units, strict=True)):
+        if all(keep.shape[-1] == units.count for keep, units in zip(kept, all_units, strict=True)):
             raise CompressionError(
                 f"{self.key()}: ratio {self.ratio} of {all_units[0].count} {self.kind} a layer, rounded to {self.round_to}, "
                 f"cuts nothing; raise ratio or lower round_to."
             )
         return kept
-
-
-def _on(values: Tensor, x: Tensor) -> Tensor:
-    return values.to(device=x.device, dtype=x.dtype)[:, None]

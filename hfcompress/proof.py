@@ -1,0 +1,312 @@
+"""Proves where the units of an architecture are, on a small random model of it, before the user's own model is touched.
+
+What `reader` found is a guess, and so is what a forward counts. The proof: units cut out equal units silenced, unevenly in all
+layers, `generate` goes on as the silenced model would, and the structure can be told and rebuilt. What is not proven is refused
+by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from hfcompress.anatomy import Counter, Segment, Span, Units
+from hfcompress.errors import CompressionError
+from hfcompress.examples import example
+from hfcompress.layers import blank, features, is_low_bit, kind_of
+from hfcompress.miniature import miniature
+from hfcompress.reader import read
+from hfcompress.structure import HEAD_COUNTS, OWN_COUNTS, WIDTH_COUNTS, diff, rebuild, twin
+from hfcompress.surgery import cut, gate
+
+KINDS = ("heads", "neurons")
+ELSE = "distill, student, prune_layers, prune_vocab, prune_weights, low_rank, adapters, quantize and cast need no units"
+SMALL = 2_000_000
+"""Parameters up to which a model is its own specimen."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What holds for an architecture: proven units of a specimen, and why a kind has none."""
+
+    specimen: nn.Module
+    units: dict[str, list[Units]]
+    refusals: dict[str, str]
+
+
+def units_of(model: nn.Module, kind: str) -> list[Units]:
+    """All units of a kind, heads or neurons, first layer first, as the model stands. CompressionError without a proof."""
+    proof = proven(model)
+    if kind in proof.refusals:
+        raise CompressionError(f"{type(model).__name__}: {proof.refusals[kind]}; {ELSE}.")
+    described = blank(model, _plain_config(model))
+    return [_fitted(units, proof.specimen, described, model) for units in proof.units[kind]]
+
+
+def proven(model: Any) -> Proof:
+    """The proof for this class and config, made once in a process."""
+    kind: Any = type(model)
+    return _proven(kind, _plain_config(model).to_json_string(use_diff=False), _Hidden(model))
+
+
+class _Hidden:
+    """A model beside a cache key, and no part of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hidden)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _proven(kind: Any, config: str, hidden: _Hidden) -> Proof:
+    specimen = _specimen(hidden.model)
+    batch = example(specimen)
+    try:
+        found = read(specimen, batch)
+    except Exception as error:
+        why = f"a small random model of it does not run ({_said(error)}), so where its heads and neurons are can't be proven"
+        return Proof(specimen, {}, dict.fromkeys(KINDS, why))
+    units: dict[str, list[Units]] = {}
+    refusals: dict[str, str] = {}
+    for part in KINDS:
+        candidates = [one for one in found if one.kind == part]
+        units[part], why = _prove_all(specimen, batch, candidates)
+        if not units[part]:
+            refusals[part] = why or _absent(specimen, part)
+    return Proof(specimen, units, refusals)
+
+
+def _plain_config(model: Any) -> PreTrainedConfig:
+    config = copy.deepcopy(model.config)
+    config.quantization_config = None
+    del config.quantization_config
+    return config
+
+
+def _specimen(model: nn.Module) -> nn.Module:
+    """A small random model of the same class in float32, with biases and norms that are not neutral."""
+    config = _plain_config(model)
+    size = sum(parameter.numel() for parameter in blank(model, config).parameters())
+    config = config if size <= SMALL else miniature(config)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        specimen: Any = type(model)(config).float().eval()
+        for parameter in specimen.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+                if parameter.dim() < 2:
+                    parameter += 0.02 * torch.randn_like(parameter)  # more, and ReLUs fall silent
+                elif not parameter.any() or not parameter.isfinite().all():
+                    parameter.copy_(0.1 * torch.randn_like(parameter))
+    return specimen
+
+
+def _prove_all(specimen: Any, batch: dict[str, Tensor], candidates: list[Units]) -> tuple[list[Units], str]:
+    """The candidates that hold, alone and together, and why the others do not."""
+    if not candidates:
+        return [], ""
+    for guess in _guesses(specimen, candidates):
+        if _fails(specimen, batch, guess) is None:
+            return guess, ""
+    proven, why = [], ""
+    for one in candidates:
+        for guess in _guesses(specimen, [one]):
+            failure = _fails(specimen, batch, guess)
+            if failure is None:
+                proven += guess
+                break
+            why = why or f"{one.name}: {failure}"
+    if proven and (failure := _fails(specimen, batch, proven)) is not None:
+        return [], f"cut in several layers at once, {failure}"
+    return proven, why
+
+
+def _guesses(specimen: nn.Module, candidates: list[Units]) -> Iterator[list[Units]]:
+    """The candidates with what their modules may count: the units, then widths as well, then nothing."""
+    seen: list[list[Units]] = []
+    for names in (OWN_COUNTS, (*OWN_COUNTS, *WIDTH_COUNTS), (*OWN_COUNTS, "num_key_value_groups"), WIDTH_COUNTS, ()):
+        guess = [replace(units, counters=_counters(specimen, units, names)) for units in candidates]
+        if guess not in seen:
+            seen.append(guess)
+            yield guess
+
+
+def _counters(specimen: nn.Module, units: Units, names: tuple[str, ...]) -> tuple[Counter, ...]:
+    """Integers with these names that the units divide, in the modules around the projections."""
+    owners: dict[str, None] = {}
+    for span in (*units.inputs, *units.outputs):
+        parent = span.module.rpartition(".")[0]
+        owners |= dict.fromkeys((span.module, parent))
+    found = []
+    for owner in owners:
+        for key, value in vars(specimen.get_submodule(owner)).items():
+            if key in names and type(value) is int and value and value % units.count == 0:
+                found.append(Counter(owner, key, value // units.count))
+    return tuple(found)
+
+
+def _fails(specimen: Any, batch: dict[str, Tensor], units: list[Units]) -> str | None:
+    """None if cutting some of each equals silencing them; else what went wrong."""
+    kept = [_some(one, number) for number, one in enumerate(units)]
+    handles = [gate(specimen, one, _gates(one, keep)) for one, keep in zip(units, kept, strict=True)]
+    try:
+        silenced, said = answers(specimen, batch), spoken(specimen, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if all(torch.equal(a, b) for a, b in zip(silenced, answers(specimen, batch), strict=True)):
+        return "silencing units changes nothing, so a proof would say nothing"
+    smaller = copy.deepcopy(specimen)
+    try:
+        for one, keep in zip(units, kept, strict=True):
+            cut(smaller, one, keep)
+        got = answers(smaller, batch)
+    except Exception as error:
+        return f"the model does not run with some cut out ({_said(error)})"
+    for mine, theirs in zip(got, silenced, strict=True):
+        if mine.shape != theirs.shape or not close(mine, theirs):
+            return "cutting is not the same as silencing"
+    try:
+        rebuild(twin(smaller), diff(smaller))
+    except CompressionError as error:
+        return f"what is left can't be saved ({_said(error)})"
+    if said is not None and not _says(smaller, batch, said):
+        return "generate does not go on as the silenced model would"
+    return None
+
+
+def _some(units: Units, number: int) -> Tensor:
+    """Units to keep, other ones and another number in every layer."""
+    if units.lanes > 1:
+        index = torch.arange(units.count)
+        return torch.stack([index[index != (lane + number) % units.count] for lane in range(units.lanes)])
+    doomed = {number % units.count} | {i for i in range(units.count) if units.count > 4 and i % (number % 3 + 3) == 0}
+    return torch.tensor([i for i in range(units.count) if i not in doomed])
+
+
+def _gates(units: Units, keep: Tensor) -> Any:
+    values = torch.zeros(units.shape)
+    values = values.scatter(-1, keep, 1.0)
+    return lambda x: shaped(values, units, x)
+
+
+def shaped(values: Tensor, units: Units, x: Tensor) -> Tensor:
+    """Values of the shape of the units, made to broadcast against what holds them: (..., count, size)."""
+    values = values.to(device=x.device, dtype=x.dtype)
+    return values[..., None] if units.lanes == 1 else values.reshape(units.lanes, *[1] * (x.dim() - 3), units.count, 1)
+
+
+def close(mine: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal but for rounding, measured against the largest entry where that is above one."""
+    scale = max(1.0, float(theirs.abs().max()))
+    return bool((mine - theirs).abs().max() <= tolerance * scale)
+
+
+@torch.no_grad()
+def answers(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Every floating tensor that the model answers with, in float32."""
+    torch.manual_seed(0)
+    output = model(**batch)
+    values = output.values() if hasattr(output, "values") else output
+    return [value.float() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+@torch.no_grad()
+def spoken(model: Any, batch: dict[str, Tensor]) -> Tensor | None:
+    """A few tokens of greedy decoding; None where the model does not generate."""
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        return None
+    prompt = {key: value for key, value in batch.items() if key != "decoder_input_ids"}
+    try:
+        return model.generate(**prompt, max_new_tokens=3, do_sample=False, num_beams=1)
+    except Exception:
+        return None
+
+
+def _says(model: Any, batch: dict[str, Tensor], expected: Tensor) -> bool:
+    said = spoken(model, batch)
+    return said is not None and torch.equal(said, expected)
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+def _absent(specimen: nn.Module, kind: str) -> str:
+    """Why nothing was found: there is nothing, or its parts depend on each other."""
+    words = {"heads": ("attention", "attn"), "neurons": ("mlp", "feedforward", "ffn", "intermediate", "ff", "experts")}[kind]
+    names = {type(module).__name__.lower() for module in specimen.modules()}
+    if not any(word in name for name in names for word in words):
+        return f"the architecture has none of what {kind} are"
+    return f"its {kind} depend on each other (a norm or a mixture over all of them), so none can be cut alone"
+
+
+def _fitted(units: Units, specimen: nn.Module, described: nn.Module, model: nn.Module) -> Units:
+    """The specimen's units in the sizes of the described model, counted as the model stands."""
+    scaled = replace(
+        units,
+        inputs=tuple(_scaled(span, units, specimen, described) for span in units.inputs),
+        outputs=tuple(_scaled(span, units, specimen, described) for span in units.outputs),
+    )
+    reader = scaled.outputs[0]
+    count = _length(model, reader) // scaled.size
+    for span in (*scaled.inputs, *scaled.outputs):
+        if span.length(count) != _length(model, span):
+            raise CompressionError(
+                f"{span.tensor}: {_length(model, span)} entries along axis {span.axis}, where {count} {units.kind} take "
+                f"{span.length(count)}; possible are models that nobody cut, or hfcompress did; start from the original."
+            )
+    before = _length(described, reader) // scaled.size
+    counters = tuple(_counted(counter, units, described, before) for counter in units.counters)
+    return replace(scaled, count=count, counters=counters)
+
+
+def _length(model: nn.Module, span: Span) -> int:
+    owner, leaf = model.get_submodule(span.module), span.tensor.rpartition(".")[2]
+    if leaf == "weight" and (is_low_bit(owner) or kind_of(owner) in ("low_rank_linear", "low_rank_embedding")):
+        into, out = features(owner)
+        return out if span.axis == 0 else into
+    return getattr(owner, leaf).shape[span.axis]
+
+
+def _scaled(span: Span, units: Units, specimen: nn.Module, described: nn.Module) -> Span:
+    """The same segments in another model of the class, which has as many heads, or neurons of the same size."""
+    reader = units.outputs[0]
+    small, large = _length(specimen, span), _length(described, span)
+    count = units.count if units.kind == "heads" else _length(described, reader) // units.size
+    if any(segment.is_shared for segment in span.segments):
+        factor = Fraction(_length(described, reader) * units.count, _length(specimen, reader) * count)
+    else:
+        factor = Fraction(large * units.count, small * count)
+    sizes = [segment.size * factor for segment in span.segments]
+    scaled = replace(span, segments=tuple(Segment(int(s), old.is_shared) for s, old in zip(sizes, span.segments, strict=True)))
+    if any(size.denominator != 1 for size in sizes) or scaled.length(count) != large:
+        raise CompressionError(
+            f"{span.tensor}: {large} entries along axis {span.axis} do not fall into {count} {units.kind} as in a small model "
+            f"of the class; {ELSE}."
+        )
+    return scaled
+
+
+def _counted(counter: Counter, units: Units, described: nn.Module, count: int) -> Counter:
+    """What one unit is worth in the described model. As many heads as in the specimen, or the units would be others."""
+    value = getattr(described.get_submodule(counter.module), counter.attribute)
+    if value % count or (counter.attribute in HEAD_COUNTS and value // count != counter.worth):
+        raise CompressionError(
+            f"{counter.module}: {counter.attribute} = {value} is not told by {count} {units.kind}, so where they are is not "
+            f"proven; {ELSE}."
+        )
+    return replace(counter, worth=value // count)
