@@ -178,7 +178,7 @@ def codable(model: Any, bits: int = 8) -> list[str]:
         and not any(f".{part}." in f".{name}." for part in dense)
         and not reads_weight(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], even_dtype=True)
         # The scales of codes are found by the name of their weight, which a load must leave as it is.
-        and all(one.rename_source_key(f"{name}.SCB")[0] == f"{name}.SCB" for one in renames)
+        and all(one.rename_source_key(key)[0] == key for key in (f"{name}.weight", f"{name}.SCB") for one in renames)
     ]
 
 
