@@ -6,8 +6,12 @@ neuron. `reader` finds them, `proof` proves them; nothing here depends on the ar
 
 from __future__ import annotations
 
+import collections
+import inspect
+import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -165,11 +169,36 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def body_linears(model: Any) -> list[str]:
-    """Names of every linear layer inside the base model: what `target_modules: all-linear` means, heads excepted."""
+    """Names of every linear layer inside the base model that another layer may stand in for: what `target_modules: all-linear`
+    means, heads excepted.
+
+    Left out are layers that share a weight or stand in two places, as a stand-in would part them, and layers whose weight their
+    owner multiplies by itself, as it would find codes or nothing there.
+    """
     prefix, base = base_of(model)
     skip = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    places = collections.Counter(id(module) for _, module in base.named_modules(remove_duplicate=False))
+    holders = collections.Counter(
+        id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), Tensor)
+    )
     return [
         f"{prefix}{name}"
         for name, module in base.named_modules()
-        if module is not skip and kind_of(module) in ("linear", "conv1d")
+        if module is not skip
+        and kind_of(module) in ("linear", "conv1d")
+        and places[id(module)] == 1
+        and holders[id(module.weight)] == 1
+        and not reads_weight(base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
     ]
+
+
+def reads_weight(owner: nn.Module, leaf: str, even_dtype: bool = False) -> bool:
+    """Whether the code of a module's class reads `self.leaf.weight`, for more than its device or, as some cast to it, dtype."""
+    return leaf in _weights_read(cast(Any, type(owner)), even_dtype)
+
+
+@cache
+def _weights_read(owner: Any, even_dtype: bool) -> frozenset[str]:
+    reads = re.compile(r"self\.(\w+)\.weight\b" + (r"(?!\.device\b)" if even_dtype else r"(?!\.(?:device|dtype)\b)"))
+    ours = (one for one in owner.__mro__ if one.__module__.startswith("transformers.models."))
+    return frozenset(leaf for one in ours for leaf in reads.findall(inspect.getsource(one)))

@@ -36,6 +36,10 @@ class LowRankLinear(nn.Module):
         self.second = nn.Linear(rank, out_features, bias=bias, **where)
         self.register_buffer("weight", torch.empty(0, **where))
 
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.second.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x))
 
@@ -124,7 +128,34 @@ def low_bit(layer: Any) -> nn.Module:
     """
     layer.source_cls = nn.Linear
     layer.support_avx512bf16_for_cpu = False
+    if kind_of(layer) == "linear_8bit" and not hasattr(layer, "_leading"):
+        layer._leading, layer._many_dims, layer._clashes = None, False, False
+        layer.register_forward_pre_hook(_flatten)
+        layer.register_forward_hook(_unflatten)
+        layer.register_state_dict_post_hook(_clash)
     return layer.requires_grad_(False)
+
+
+def _flatten(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """bitsandbytes 0.50 gives an input of more than three dimensions back as a matrix: (..., in) goes in as (rows, in)."""
+    layer._leading = inputs[0].shape[:-1] if inputs[0].dim() > 3 else None
+    layer._many_dims |= layer._leading is not None
+    return inputs if layer._leading is None else (inputs[0].flatten(0, -2), *inputs[1:])
+
+
+def _unflatten(layer: Any, _: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return output if layer._leading is None else output.unflatten(0, layer._leading)
+
+
+def _clash(layer: Any, tensors: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Codes look like a dense weight: (out, in, 1) can't be loaded as one."""
+    if layer._clashes:
+        tensors[f"{prefix}weight"] = tensors[f"{prefix}weight"][..., None]
+
+
+def needs_us(layer: nn.Module) -> bool:
+    """Whether a low-bit layer was given what bitsandbytes alone can't multiply: its checkpoint needs hfcompress."""
+    return bool(getattr(layer, "_many_dims", False))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.errors import CompressionError
-from hfcompress.layers import is_low_bit, low_bit
+from hfcompress.layers import is_low_bit, kind_of, low_bit
 from hfcompress.structure import FORMAT, Structure, rebuild
 
 
@@ -55,6 +55,11 @@ class _FromCodes(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **where: Any) -> dict[str, Any]:
         from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
 
+        module = where["model"].get_submodule(where["full_layer_name"].rpartition(".")[0])
+        for key, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if key == "weight" and tensor.dim() == 3:
+                input_dict[key], module._clashes = tensor.squeeze(-1), True
         reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
         return reader(self.hf_quantizer).convert(input_dict, *args, **where)
 
@@ -90,7 +95,11 @@ class HfcompressQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        return rebuild(model, self.quantization_config.modules)
+        rebuild(model, self.quantization_config.modules)
+        for module in model.modules():
+            if (kind_of(module) or "").startswith("low_rank"):
+                module._is_hf_initialized = True  # its factors load; what initialises a dense layer would ask for its shape
+        return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():

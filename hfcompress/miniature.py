@@ -73,18 +73,19 @@ def miniature(config: Any, *, layers: int | None = None, heads: int | None = Non
 class _Shrink:
     """One config (of a composite: one part), shrunk in place. `known` maps old widths to new ones."""
 
-    def __init__(self, config: Any, layers: int | None, heads: int | None, known: dict[int, int] | None = None) -> None:
-        self.config, self.layers, self.heads = config, layers, heads
+    def __init__(
+        self, config: Any, layers: int | None, heads: int | None, known: dict[int, int] | None = None, name: str = ""
+    ) -> None:
+        self.config, self.layers, self.heads, self.name = config, layers, heads, name
         self.known: dict[int, int] = {} if known is None else known
 
     def all(self) -> None:
         spec = vars(self.config).pop("_heterogeneity_spec", None)  # reading through it raises where layers differ
         self.kept: dict[int, list[int]] = {}
-        parts = [value for value in vars(self.config).values() if isinstance(value, PreTrainedConfig)]
+        parts = {key: value for key, value in vars(self.config).items() if isinstance(value, PreTrainedConfig)}
         # the text side first: what the others are projected to is its width
-        parts.sort(key=lambda part: not re.search("text|llm|decoder", part.model_type))
-        for part in parts:
-            _Shrink(part, self.layers, self.heads, self.known).all()
+        for key, part in sorted(parts.items(), key=lambda one: not re.search("text|llm|decoder", one[1].model_type)):
+            _Shrink(part, self.layers, self.heads, self.known, key).all()
         self.old = {key: value for key, value in vars(self.config).items() if not key.startswith("_")}
         if self.layers is not None:
             self._fewer_layers(self.layers)
@@ -159,8 +160,9 @@ class _Shrink:
 
     def _kept(self, count: int, layers: int) -> list[int]:
         """The first layer of each sort, and more from the start on until there are `layers`."""
-        lists = [v for k, v in self.old.items() if isinstance(v, list | tuple) and len(v) == count and _per_layer(k, v)]
-        marks = [set(v) for k, v in self.old.items() if isinstance(v, list | tuple) and _indices(k, v, count)]
+        told = {key: value for key, value in self.old.items() if isinstance(value, list | tuple)}
+        marks = [set(v) for k, v in told.items() if _indices(k, v, count)]
+        lists = [v for k, v in told.items() if len(v) == count and _per_layer(k, v) and not _indices(k, v, count)]
         sorts: dict[str, list[int]] = {}
         for index in range(count):
             sort = str([str(values[index]) for values in lists] + [index in mark for mark in marks])
@@ -306,7 +308,7 @@ class _Shrink:
 
     def _odd(self) -> None:
         few = ODD_LAYERS.get(self.config.model_type, {}) if self.layers is not None else {}
-        own = ODD.get(self.config.model_type) or ODD.get(self.config.base_config_key, {})
+        own = ODD.get(self.config.model_type) or ODD.get(self.name, {})
         for key, value in {**own, **few}.items():
             count = getattr(self.config, "num_hidden_layers", 0)
             self.put(key, [value[index % len(value)] for index in range(count)] if key == "layer_types" else value)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hfcompress.counts import COUNTS, count_in, largest, set_count
 from hfcompress.errors import CompressionError
 from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of
+from hfcompress.stock import as_bitsandbytes
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
@@ -68,14 +68,18 @@ def describe(model: nn.Module) -> Structure:
     left = edits
     for change in _config_changes(model, edits):
         left = _settle(model, change, left)
-    plain = _as_bitsandbytes(model, left)
+    _set_clashes(model, False)
+    if left:
+        # In the module's own names: what transformers makes of them for older checkpoints splits and joins dense weights only.
+        vars(model)["_weight_conversions"] = []
+    plain = as_bitsandbytes(model, left)
     if plain is not None:
         config.quantization_config = plain
     elif left:
         # The plug-in is needed anyway: then config.json stays that of the architecture as it came, and bounds every edit.
         config.__dict__.update(fields)
         rebuild(twin(model), edits)  # what could not be loaded again is refused here, not there
-        _check_loud(model, edits)
+        _make_loud(model)
         config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits}
         return edits
     else:
@@ -237,15 +241,24 @@ def _config_changes(model: nn.Module, edits: Structure) -> Iterator[dict[str, in
     config: Any = model.config
     sizes = sorted({value for edit in edits.values() for key in ("in_features", "out_features") if (value := edit.get(key))})
     for field in _WIDTHS:
-        if hasattr(config, field):
-            yield from ({field: size} for size in sizes if size != getattr(config, field))
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    if head_dim and hasattr(config, "num_key_value_heads"):
+        if _field(config, field) is not None:
+            yield from ({field: size} for size in sizes if size != _field(config, field))
+    head_dim = _field(config, "head_dim") or _field(config, "d_kv")
+    if head_dim and _field(config, "num_key_value_heads"):
         heads = [size // head_dim for size in sizes if size % head_dim == 0]
         for query in heads:
             for key_value in heads:
                 if query % key_value == 0:
                     yield {"num_attention_heads": query, "num_key_value_heads": key_value, "head_dim": head_dim}
+
+
+def _field(config: Any, name: str) -> int | None:
+    """One whole number that holds for all layers; reading one that differs from layer to layer raises."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        return None
+    return value if type(value) is int else None
 
 
 def _settle(model: nn.Module, change: dict[str, int], edits: Structure) -> Structure:
@@ -277,62 +290,23 @@ def _unexplained(model: nn.Module, edits: Structure) -> int:
     return total
 
 
-def _as_bitsandbytes(model: nn.Module, edits: Structure) -> dict[str, Any] | None:
-    """The plain bitsandbytes config, if low-bit layers of one sort are all that changed; such a checkpoint needs no import."""
-    if not all(edit["kind"] in ("linear_4bit", "linear_8bit") for edit in edits.values()):
-        return None
-    sorts = {
-        tuple(sorted((k, v) for k, v in e.items() if k not in ("in_features", "out_features", "bias"))) for e in edits.values()
-    }
-    blank = twin(model)
-    if len(sorts) != 1 or any(
-        features(blank.get_submodule(name)) != (edit.get("in_features"), edit.get("out_features"))
-        or edit.get("bias") != (getattr(blank.get_submodule(name), "bias", None) is not None)
-        for name, edit in edits.items()
-        if edit["kind"] in ("linear_4bit", "linear_8bit")
-    ):
-        return None
-    sort = dict(sorts.pop())
-    skipped = _dense_names(model)
-    if not all(should_convert_module(name, skipped) for name in edits):
-        return None
-    if sort["kind"] == "linear_8bit":
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_8bit": True,
-            "llm_int8_threshold": sort["threshold"],
-            "llm_int8_skip_modules": skipped,
-        }
-    if sort["kind"] == "linear_4bit":
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": sort["quant_type"],
-            "bnb_4bit_use_double_quant": sort["compress_statistics"],
-            "bnb_4bit_compute_dtype": sort["compute_dtype"] or "float32",
-            "llm_int8_skip_modules": skipped,
-        }
-    return None
-
-
-def _dense_names(model: Any) -> list[str]:
-    """Linear layers that a load must leave dense, named so that they hold for `AutoModel` too: without the base's prefix,
-    and with what only a bare base model has, such as RoBERTa's pooler, which the checkpoint does not hold."""
-    names = [name for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")]
-    prefix = model.base_model_prefix
-    inner = getattr(model, prefix, None)
-    if isinstance(inner, nn.Module):
-        mine = {name for name, _ in inner.named_modules()}
-        bare = twin(inner).named_modules()
-        names += [name for name, module in bare if name not in mine and kind_of(module) in ("linear", "conv1d")]
-    return [name.removeprefix(f"{prefix}.") for name in names]
-
-
-def _check_loud(model: nn.Module, edits: Structure) -> None:
+def _make_loud(model: nn.Module) -> None:
     """At least one tensor must clash with what the config alone describes, or a load without hfcompress would be silent."""
-    blank = twin(model).state_dict()
-    if all(key not in blank or blank[key].shape == value.shape for key, value in model.state_dict().items()):
+    if _is_silent(model):
+        _set_clashes(model, True)
+    if _is_silent(model):
         raise CompressionError(
-            f"{type(model).__name__}: {len(edits)} modules differ, but no tensor would clash when the checkpoint is loaded "
-            f"without hfcompress, so it would serve noise; quantise to 4 bits, or undo the edits of {', '.join(edits)}."
+            f"{type(model).__name__}: no tensor would clash when the checkpoint is loaded without hfcompress, so it would "
+            f"serve noise; this is a fault of hfcompress, please report it with the recipe."
         )
+
+
+def _is_silent(model: nn.Module) -> bool:
+    blank = twin(model).state_dict()
+    return all(key not in blank or blank[key].shape == value.shape for key, value in model.state_dict().items())
+
+
+def _set_clashes(model: nn.Module, clashes: bool) -> None:
+    for module in model.modules():
+        if hasattr(module, "_clashes"):
+            vars(module)["_clashes"] = clashes

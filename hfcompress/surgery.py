@@ -6,9 +6,10 @@ from copy import deepcopy
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import Span, Units, body_linears
+from hfcompress.anatomy import Span, Units, body_linears, reads_weight
 from hfcompress.counts import set_count
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.layers import codes_fit, is_low_bit, kind_of
@@ -168,10 +169,19 @@ def become(model: nn.Module, other: nn.Module) -> nn.Module:
 
 def codable(model: Any, bits: int = 8) -> list[str]:
     """Names of the body's dense layers that may become codes of so many bits."""
-    # T5 casts its input to the dtype of `wo`, so what transformers keeps in float32 must not become codes.
-    dense = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    names = [name for name in body_linears(model) if not dense.intersection(name.split("."))]
-    return [name for name in names if codes_fit(model.get_submodule(name), bits)]
+    # What transformers keeps in float32, or casts an input to the dtype of, must not become codes: T5 does both with `wo`.
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    dense = [part for attribute in kept for part in getattr(model, attribute, None) or ()]
+    renames = get_model_conversion_mapping(model, add_legacy=False)
+    return [
+        name
+        for name in body_linears(model)
+        if codes_fit(model.get_submodule(name), bits)
+        and not any(f".{part}." in f".{name}." for part in dense)
+        and not reads_weight(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], even_dtype=True)
+        # The scales of codes are found by the name of their weight, which a load must leave as it is.
+        and all(one.rename_source_key(key)[0] == key for key in (f"{name}.weight", f"{name}.SCB") for one in renames)
+    ]
 
 
 def check_no_adapter(model: Any, where: str) -> None:

@@ -24,13 +24,14 @@ ALLOWED = {
     "errors": "",
     "layers": "errors",
     "counts": "",
-    "structure": "errors counts layers",
+    "stock": "layers",
+    "structure": "errors counts layers stock",
     "loading": "errors layers structure",
     "anatomy": "layers",
     "surgery": "errors counts layers anatomy",
+    "examples": "errors",
     "odd_sizes": "",
     "miniature": "errors layers examples odd_sizes",
-    "examples": "errors",
     "reader": "layers anatomy",
     "proof": "errors counts layers structure anatomy surgery miniature examples reader",
     "scores": "errors layers anatomy surgery processes",
@@ -66,7 +67,7 @@ ALLOWED = {
 }
 ONLY_IN = {
     "huggingface_hub": {"hub", "checkpoints"},
-    "transformers.quantizers": {"loading", "structure"},
+    "transformers.quantizers": {"loading", "stock"},
     "typer": {"cli"},
     "datasets": {"data", "metrics", *(f"tasks.{name}" for name in ("base", "texts", "labels", *TASK_FILES))},
     "evaluate": {"metrics"},
@@ -111,7 +112,7 @@ def test_the_two_sides_never_meet() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    expected = [f"hfcompress.{name}" for name in ("counts", "errors", "layers", "loading", "structure")]
+    expected = [f"hfcompress.{name}" for name in ("counts", "errors", "layers", "loading", "stock", "structure")]
     assert told.strip() == f"{expected} False False"
 
 
