@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -124,12 +125,15 @@ def _prove_all(specimen: Any, batch: dict[str, Tensor], candidates: list[Units])
                 return guess, ""
     proven, why = [], ""
     for alike in _alike(candidates):
+        failures: list[str] = []
         for guess in (guess for some in (alike, _as_one(alike)) for guess in _guesses(specimen, some)):
             failure = _fails(specimen, batch, guess)
             if failure is None:
                 proven += guess
                 break
-            why = why or f"{alike[0].name}: {failure}"
+            failures.append(f"{alike[0].name}: {failure}")
+        else:
+            why = why or failures[0]
     if proven and (failure := _fails(specimen, batch, proven)) is not None:
         return [], f"cut in several sorts of layers at once, {failure}"
     return sorted(proven, key=_order(candidates)), why
@@ -144,7 +148,7 @@ def _with_tables(specimen: nn.Module, candidates: list[Units]) -> list[Units]:
         for axis, length in enumerate(parameter.shape)
         if "rel" in name and {length} == counts and not any(span.tensor == name for one in candidates for span in one.inputs)
     )
-    return [replace(_as_one(candidates)[0], inputs=_as_one(candidates)[0].inputs + tables)] if tables else []
+    return [replace(one, inputs=one.inputs + tables) for one in _as_one(candidates)] if tables else []
 
 
 def _as_one(units: list[Units]) -> list[Units]:
@@ -198,21 +202,21 @@ def _counters(specimen: nn.Module, units: Units, names: tuple[str, ...]) -> tupl
 
 def _fails(specimen: Any, batch: dict[str, Tensor], units: list[Units]) -> str | None:
     """None if cutting some of each equals silencing them; else what went wrong."""
-    kept = [_some(one, alike.index(one)) for alike in _alike(units) for one in alike]
-    units = [one for alike in _alike(units) for one in alike]
-    handles = [gate(specimen, one, _gates(one, keep)) for one, keep in zip(units, kept, strict=True)]
+    groups = [[(one, _some(one, number)) for number, one in enumerate(alike)] for alike in _alike(units)]
+    plain = answers(specimen, batch)
     try:
-        silenced, said = answers(specimen, batch), spoken(specimen, batch)
+        for group in groups:
+            with _silent(specimen, group):
+                if all(map(close, answers(specimen, batch), plain)):
+                    return "silencing units is not felt, so a proof would say nothing"
+        pairs = [pair for group in groups for pair in group]
+        with _silent(specimen, pairs):
+            silenced, said = answers(specimen, batch), spoken(specimen, batch)
     except Exception as error:
         return f"the units can't be silenced ({_said(error)})"
-    finally:
-        for handle in handles:
-            handle.remove()
-    if all(torch.equal(a, b) for a, b in zip(silenced, answers(specimen, batch), strict=True)):
-        return "silencing units changes nothing, so a proof would say nothing"
     smaller = copy.deepcopy(specimen)
     try:
-        for one, keep in zip(units, kept, strict=True):
+        for one, keep in pairs:
             cut(smaller, one, keep)
         got = answers(smaller, batch)
     except Exception as error:
@@ -227,6 +231,17 @@ def _fails(specimen: Any, batch: dict[str, Tensor], units: list[Units]) -> str |
     if said is not None and not _says(smaller, batch, said):
         return "generate does not go on as the silenced model would"
     return None
+
+
+@contextmanager
+def _silent(model: nn.Module, pairs: list[tuple[Units, Tensor]]) -> Iterator[None]:
+    """Only the units to keep are heard."""
+    handles = [gate(model, one, _gates(one, keep)) for one, keep in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _some(units: Units, number: int) -> Tensor:

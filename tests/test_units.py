@@ -123,8 +123,8 @@ def test_heads_that_share_a_table_of_positions_are_one_decision() -> None:
     sides = [
         sorted(name for name in ("encoder", "decoder") if any(s.tensor.startswith(name) for s in one.outputs)) for one in units
     ]
-    assert [len(one.outputs) for one in units if len(one.outputs) > 1] == [3, 3]
-    assert all(len(side) == 1 for side in sides), "encoder and decoder have tables of their own"
+    assert [len(one.outputs) for one in units if len(one.outputs) > 1] == [3, 3, 3]
+    assert all(len(side) == 1 for side in sides), "encoder, decoder and cross attentions decide for themselves"
 
 
 def test_groups_of_queries_go_together() -> None:
