@@ -8,14 +8,11 @@ by name.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,17 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hfcompress.anatomy import Counter, Segment, Span, Units
-from hfcompress.counts import CONFIG_COUNTS, HEAD_COUNTS, OWN_COUNTS, WIDTH_COUNTS, largest
+from hfcompress.counts import CONFIG_COUNTS, OWN_COUNTS, WIDTH_COUNTS, largest
 from hfcompress.errors import CompressionError
 from hfcompress.examples import example
-from hfcompress.layers import blank, features, is_low_bit, kind_of
+from hfcompress.layers import blank
 from hfcompress.miniature import miniature
 from hfcompress.reader import read
+from hfcompress.scaling import ELSE, fitted
 from hfcompress.structure import diff, rebuild, twin
 from hfcompress.surgery import cut, gate
 
 KINDS = ("heads", "neurons")
-ELSE = "distill, student, prune_layers, prune_vocab, prune_weights, low_rank, adapters, quantize and cast need no units"
 log = logging.getLogger("hfcompress")
 SMALL = 2_000_000
 """Parameters up to which a model is its own specimen."""
@@ -60,20 +57,27 @@ def units_of(model: nn.Module, kind: str) -> list[Units]:
     if kind in proof.left:
         log.info("%s: some %s are left alone: %s", type(model).__name__, kind, proof.left[kind])
     described = blank(model, _plain_config(model))
-    return [_fitted(units, proof.specimen, described, model) for units in proof.units[kind]]
+    return [fitted(units, proof.specimen, described, model) for units in proof.units[kind]]
 
 
 def proven(model: Any) -> Proof:
     """The proof for this class and config, made once in a process."""
-    kind: Any = type(model)
-    return _proven(kind, _plain_config(model).to_json_string(use_diff=False))
+    config = _plain_config(model)
+    key = (type(model), config.to_json_string(use_diff=False))
+    if key not in _PROOFS:
+        while len(_PROOFS) >= 16:
+            del _PROOFS[next(iter(_PROOFS))]
+        _PROOFS[key] = _prove(type(model), config)
+    return _PROOFS[key]
 
 
-@lru_cache(maxsize=64)
-def _proven(kind: Any, config: str) -> Proof:
+_PROOFS: dict[tuple[type, str], Proof] = {}
+
+
+def _prove(kind: Any, config: PreTrainedConfig) -> Proof:
     specimen, batch, found, fault = nn.Module(), {}, [], ""
     try:
-        specimen = _specimen(kind, kind.config_class.from_dict(json.loads(config)))
+        specimen = _specimen(kind, config)
         batch = example(specimen)
         found = read(copy.deepcopy(specimen), batch)  # some models keep what they computed, with its history
     except Exception as error:  # transformers raises whatever it likes
@@ -316,61 +320,3 @@ def _refusal(kind: str, is_absent: bool, why: str) -> str:
     if is_absent:
         return f"the architecture has no {kind}"
     return why or f"its {kind} depend on each other (a norm or a mixture over all of them), so none can be cut alone"
-
-
-def _fitted(units: Units, specimen: nn.Module, described: nn.Module, model: nn.Module) -> Units:
-    """The specimen's units in the sizes of the described model, counted as the model stands."""
-    scaled = replace(
-        units,
-        inputs=tuple(_scaled(span, units, specimen, described) for span in units.inputs),
-        outputs=tuple(_scaled(span, units, specimen, described) for span in units.outputs),
-    )
-    reader = scaled.outputs[0]
-    count = _length(model, reader) // scaled.size
-    for span in (*scaled.inputs, *scaled.outputs):
-        if span.length(count) != _length(model, span):
-            raise CompressionError(
-                f"{span.tensor}: {_length(model, span)} entries along axis {span.axis}, where {count} {units.kind} take "
-                f"{span.length(count)}; possible are models that nobody cut, or hfcompress did; start from the original."
-            )
-    before = _length(described, reader) // scaled.size
-    counters = tuple(_counted(counter, units, described, before) for counter in units.counters)
-    return replace(scaled, count=count, counters=counters)
-
-
-def _length(model: nn.Module, span: Span) -> int:
-    owner, leaf = model.get_submodule(span.module), span.tensor.rpartition(".")[2]
-    if leaf == "weight" and (is_low_bit(owner) or kind_of(owner) in ("low_rank_linear", "low_rank_embedding")):
-        into, out = features(owner)
-        return out if span.axis == 0 else into
-    return getattr(owner, leaf).shape[span.axis]
-
-
-def _scaled(span: Span, units: Units, specimen: nn.Module, described: nn.Module) -> Span:
-    """The same segments in another model of the class, which has as many heads, or neurons of the same size."""
-    reader = units.outputs[0]
-    small, large = _length(specimen, span), _length(described, span)
-    count = units.count if units.kind == "heads" else _length(described, reader) // units.size
-    if any(segment.is_shared for segment in span.segments):
-        factor = Fraction(_length(described, reader) * units.count, _length(specimen, reader) * count)
-    else:
-        factor = Fraction(large * units.count, small * count)
-    sizes = [segment.size * factor for segment in span.segments]
-    scaled = replace(span, segments=tuple(Segment(int(s), old.is_shared) for s, old in zip(sizes, span.segments, strict=True)))
-    if any(size.denominator != 1 for size in sizes) or scaled.length(count) != large:
-        raise CompressionError(
-            f"{span.tensor}: {large} entries along axis {span.axis} do not fall into {count} {units.kind} as in a small model "
-            f"of the class; {ELSE}."
-        )
-    return scaled
-
-
-def _counted(counter: Counter, units: Units, described: nn.Module, count: int) -> Counter:
-    """What one unit is worth in the described model. As many heads as in the specimen, or the units would be others."""
-    value = largest(described.get_submodule(counter.module), counter.attribute) or 0
-    if value % count or (counter.attribute in (*HEAD_COUNTS, *CONFIG_COUNTS) and value // count != counter.worth):
-        raise CompressionError(
-            f"{counter.module}: {counter.attribute} = {value} is not told by {count} {units.kind}, so where they are is not "
-            f"proven; {ELSE}."
-        )
-    return replace(counter, worth=value // count)
