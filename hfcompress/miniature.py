@@ -107,6 +107,9 @@ class _Shrink:
         for number, index in enumerate(kept):
             own = tiny[number] = copy.deepcopy(overrides.get(index, {}))
             for key, value in own.items():
+                if key == "qk_nope_head_dim":
+                    own[key] = HEAD
+                    continue
                 if type(value) is int and (_WINDOW.search(key) or _WIDTH.search(key)):
                     own[key] = (
                         12
