@@ -8,7 +8,10 @@ by name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -19,16 +22,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hfcompress.anatomy import Counter, Segment, Span, Units
+from hfcompress.counts import CONFIG_COUNTS, HEAD_COUNTS, OWN_COUNTS, WIDTH_COUNTS, largest
 from hfcompress.errors import CompressionError
 from hfcompress.examples import example
 from hfcompress.layers import blank, features, is_low_bit, kind_of
 from hfcompress.miniature import miniature
 from hfcompress.reader import read
-from hfcompress.structure import HEAD_COUNTS, OWN_COUNTS, WIDTH_COUNTS, diff, rebuild, twin
+from hfcompress.structure import diff, rebuild, twin
 from hfcompress.surgery import cut, gate
 
 KINDS = ("heads", "neurons")
 ELSE = "distill, student, prune_layers, prune_vocab, prune_weights, low_rank, adapters, quantize and cast need no units"
+log = logging.getLogger("hfcompress")
 SMALL = 2_000_000
 """Parameters up to which a model is its own specimen."""
 
@@ -40,6 +45,10 @@ class Proof:
     specimen: nn.Module
     units: dict[str, list[Units]]
     refusals: dict[str, str]
+    absent: frozenset[str]
+    """Kinds that the architecture does not have."""
+    left: dict[str, str]
+    """Why some units of a kind are left alone where others are proven."""
 
 
 def units_of(model: nn.Module, kind: str) -> list[Units]:
@@ -47,6 +56,8 @@ def units_of(model: nn.Module, kind: str) -> list[Units]:
     proof = proven(model)
     if kind in proof.refusals:
         raise CompressionError(f"{type(model).__name__}: {proof.refusals[kind]}; {ELSE}.")
+    if kind in proof.left:
+        log.info("%s: some %s are left alone: %s", type(model).__name__, kind, proof.left[kind])
     described = blank(model, _plain_config(model))
     return [_fitted(units, proof.specimen, described, model) for units in proof.units[kind]]
 
@@ -54,39 +65,27 @@ def units_of(model: nn.Module, kind: str) -> list[Units]:
 def proven(model: Any) -> Proof:
     """The proof for this class and config, made once in a process."""
     kind: Any = type(model)
-    return _proven(kind, _plain_config(model).to_json_string(use_diff=False), _Hidden(model))
-
-
-class _Hidden:
-    """A model beside a cache key, and no part of it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hidden)
-
-    def __hash__(self) -> int:
-        return 0
+    return _proven(kind, _plain_config(model).to_json_string(use_diff=False))
 
 
 @lru_cache(maxsize=64)
-def _proven(kind: Any, config: str, hidden: _Hidden) -> Proof:
-    specimen = _specimen(hidden.model)
-    batch = example(specimen)
+def _proven(kind: Any, config: str) -> Proof:
+    specimen, batch, found, fault = nn.Module(), {}, [], ""
     try:
-        found = read(specimen, batch)
-    except Exception as error:
-        why = f"a small random model of it does not run ({_said(error)}), so where its heads and neurons are can't be proven"
-        return Proof(specimen, {}, dict.fromkeys(KINDS, why))
+        specimen = _specimen(kind, kind.config_class.from_dict(json.loads(config)))
+        batch = example(specimen)
+        found = read(copy.deepcopy(specimen), batch)  # some models keep what they computed, with its history
+    except Exception as error:  # transformers raises whatever it likes
+        fault = f"a small random model of it does not run ({_said(error)}), so where its units are can't be proven"
     units: dict[str, list[Units]] = {}
-    refusals: dict[str, str] = {}
+    whys: dict[str, str] = {}
     for part in KINDS:
-        candidates = [one for one in found if one.kind == part]
-        units[part], why = _prove_all(specimen, batch, candidates)
-        if not units[part]:
-            refusals[part] = why or _absent(specimen, part)
-    return Proof(specimen, units, refusals)
+        units[part], why = _prove_all(specimen, batch, [one for one in found if one.kind == part])
+        whys[part] = fault or why
+    missing = [part for part in KINDS if not units[part]]
+    absent = frozenset(part for part in missing if hasattr(specimen, "config") and _has_none(specimen, part))
+    refusals = {part: _refusal(part, part in absent, whys[part]) for part in missing}
+    return Proof(specimen, units, refusals, absent, {part: why for part, why in whys.items() if why and part not in missing})
 
 
 def _plain_config(model: Any) -> PreTrainedConfig:
@@ -96,20 +95,21 @@ def _plain_config(model: Any) -> PreTrainedConfig:
     return config
 
 
-def _specimen(model: nn.Module) -> nn.Module:
-    """A small random model of the same class in float32, with biases and norms that are not neutral."""
-    config = _plain_config(model)
-    size = sum(parameter.numel() for parameter in blank(model, config).parameters())
-    config = config if size <= SMALL else miniature(config)
+def _specimen(kind: Any, config: PreTrainedConfig) -> nn.Module:
+    """A small random model of the class in float32, with biases and norms that are not neutral."""
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in kind(copy.deepcopy(config)).parameters())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        specimen: Any = type(model)(config).float().eval()
+        specimen: Any = kind(config if size <= SMALL else miniature(config)).float().eval()
         for parameter in specimen.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
                 if parameter.dim() < 2:
-                    parameter += 0.02 * torch.randn_like(parameter)  # more, and ReLUs fall silent
-                elif not parameter.any() or not parameter.isfinite().all():
+                    parameter += 0.01 * torch.randn_like(parameter)
+                elif parameter.any() and parameter.isfinite().all():
+                    parameter *= 3  # so that ReLUs follow their input and not the noise
+                else:
                     parameter.copy_(0.1 * torch.randn_like(parameter))
     return specimen
 
@@ -118,26 +118,63 @@ def _prove_all(specimen: Any, batch: dict[str, Tensor], candidates: list[Units])
     """The candidates that hold, alone and together, and why the others do not."""
     if not candidates:
         return [], ""
-    for guess in _guesses(specimen, candidates):
-        if _fails(specimen, batch, guess) is None:
-            return guess, ""
+    for some in (candidates, _with_tables(specimen, candidates) if candidates[0].kind == "heads" else []):
+        for guess in _guesses(specimen, some):
+            if _fails(specimen, batch, guess) is None:
+                return guess, ""
     proven, why = [], ""
-    for one in candidates:
-        for guess in _guesses(specimen, [one]):
+    for alike in _alike(candidates):
+        for guess in (guess for some in (alike, _as_one(alike)) for guess in _guesses(specimen, some)):
             failure = _fails(specimen, batch, guess)
             if failure is None:
                 proven += guess
                 break
-            why = why or f"{one.name}: {failure}"
+            why = why or f"{alike[0].name}: {failure}"
     if proven and (failure := _fails(specimen, batch, proven)) is not None:
-        return [], f"cut in several layers at once, {failure}"
-    return proven, why
+        return [], f"cut in several sorts of layers at once, {failure}"
+    return sorted(proven, key=_order(candidates)), why
+
+
+def _with_tables(specimen: nn.Module, candidates: list[Units]) -> list[Units]:
+    """Heads of all layers as one decision, with the tables of relative positions that are read without a gradient."""
+    counts = {units.count for units in candidates}
+    tables = tuple(
+        Span(name, axis, (Segment(1),))
+        for name, parameter in specimen.named_parameters()
+        for axis, length in enumerate(parameter.shape)
+        if "rel" in name and {length} == counts and not any(span.tensor == name for one in candidates for span in one.inputs)
+    )
+    return [replace(_as_one(candidates)[0], inputs=_as_one(candidates)[0].inputs + tables)] if tables else []
+
+
+def _as_one(units: list[Units]) -> list[Units]:
+    """One decision for several layers that hand each other something of the units' number: T5's cross attentions."""
+    inputs = tuple(span for one in units for span in one.inputs)
+    outputs = tuple(span for one in units for span in one.outputs)
+    return [replace(units[0], inputs=inputs, outputs=outputs)] if units[0].kind == "heads" and units[0].lanes == 1 else []
+
+
+def _order(candidates: list[Units]) -> Callable[[Units], int]:
+    places = {one.outputs[0]: number for number, one in enumerate(candidates)}
+    return lambda units: places[units.outputs[0]]
+
+
+def _alike(candidates: list[Units]) -> list[list[Units]]:
+    """Candidates that differ in nothing but the layer's number."""
+    groups: dict[Any, list[Units]] = {}
+    for one in candidates:
+        sizes = tuple(span.segments for span in (*one.inputs, *one.outputs))
+        groups.setdefault((re.sub(r"\.\d+", "", one.name), one.count, one.lanes, sizes), []).append(one)
+    return list(groups.values())
 
 
 def _guesses(specimen: nn.Module, candidates: list[Units]) -> Iterator[list[Units]]:
     """The candidates with what their modules may count: the units, then widths as well, then nothing."""
     seen: list[list[Units]] = []
-    for names in (OWN_COUNTS, (*OWN_COUNTS, *WIDTH_COUNTS), (*OWN_COUNTS, "num_key_value_groups"), WIDTH_COUNTS, ()):
+    more = (WIDTH_COUNTS, ("num_key_value_groups",), CONFIG_COUNTS)
+    if not candidates:
+        return
+    for names in (OWN_COUNTS, *((*OWN_COUNTS, *extra) for extra in more), WIDTH_COUNTS, ()):
         guess = [replace(units, counters=_counters(specimen, units, names)) for units in candidates]
         if guess not in seen:
             seen.append(guess)
@@ -152,18 +189,22 @@ def _counters(specimen: nn.Module, units: Units, names: tuple[str, ...]) -> tupl
         owners |= dict.fromkeys((span.module, parent))
     found = []
     for owner in owners:
-        for key, value in vars(specimen.get_submodule(owner)).items():
-            if key in names and type(value) is int and value and value % units.count == 0:
+        for key in names:
+            value = largest(specimen.get_submodule(owner), key)
+            if value and value % units.count == 0:
                 found.append(Counter(owner, key, value // units.count))
     return tuple(found)
 
 
 def _fails(specimen: Any, batch: dict[str, Tensor], units: list[Units]) -> str | None:
     """None if cutting some of each equals silencing them; else what went wrong."""
-    kept = [_some(one, number) for number, one in enumerate(units)]
+    kept = [_some(one, alike.index(one)) for alike in _alike(units) for one in alike]
+    units = [one for alike in _alike(units) for one in alike]
     handles = [gate(specimen, one, _gates(one, keep)) for one, keep in zip(units, kept, strict=True)]
     try:
         silenced, said = answers(specimen, batch), spoken(specimen, batch)
+    except Exception as error:
+        return f"the units can't be silenced ({_said(error)})"
     finally:
         for handle in handles:
             handle.remove()
@@ -189,11 +230,13 @@ def _fails(specimen: Any, batch: dict[str, Tensor], units: list[Units]) -> str |
 
 
 def _some(units: Units, number: int) -> Tensor:
-    """Units to keep, other ones and another number in every layer."""
+    """Units to keep, other ones in every layer, and another number in the next layer of its sort."""
     if units.lanes > 1:
-        index = torch.arange(units.count)
-        return torch.stack([index[index != (lane + number) % units.count] for lane in range(units.lanes)])
-    doomed = {number % units.count} | {i for i in range(units.count) if units.count > 4 and i % (number % 3 + 3) == 0}
+        fewer = 8 if units.count > 8 else 1  # kernels for stacked experts want multiples of eight
+        start = [(lane + number) % (units.count - fewer) for lane in range(units.lanes)]
+        return torch.stack([torch.tensor([i for i in range(units.count) if not s <= i < s + fewer]) for s in start])
+    fewer = min(units.count - 1, 1 + units.count // 4 * (number % 2)) if units.count > 2 else 1 - number % 2
+    doomed = {(number + 2 * i) % units.count for i in range(fewer)}
     return torch.tensor([i for i in range(units.count) if i not in doomed])
 
 
@@ -245,13 +288,19 @@ def _said(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
-def _absent(specimen: nn.Module, kind: str) -> str:
-    """Why nothing was found: there is nothing, or its parts depend on each other."""
+def _has_none(specimen: Any, kind: str) -> bool:
+    """Whether the architecture has nothing of the kind, as far as the names of its classes and of its config's fields tell."""
     words = {"heads": ("attention", "attn"), "neurons": ("mlp", "feedforward", "ffn", "intermediate", "ff", "experts")}[kind]
     names = {type(module).__name__.lower() for module in specimen.modules()}
-    if not any(word in name for name in names for word in words):
-        return f"the architecture has none of what {kind} are"
-    return f"its {kind} depend on each other (a norm or a mixture over all of them), so none can be cut alone"
+    if kind == "heads" and not re.search(r'"\w*heads?"', specimen.config.to_json_string(use_diff=False)):
+        return True
+    return not any(word in name for name in names for word in words)
+
+
+def _refusal(kind: str, is_absent: bool, why: str) -> str:
+    if is_absent:
+        return f"the architecture has no {kind}"
+    return why or f"its {kind} depend on each other (a norm or a mixture over all of them), so none can be cut alone"
 
 
 def _fitted(units: Units, specimen: nn.Module, described: nn.Module, model: nn.Module) -> Units:
@@ -303,8 +352,8 @@ def _scaled(span: Span, units: Units, specimen: nn.Module, described: nn.Module)
 
 def _counted(counter: Counter, units: Units, described: nn.Module, count: int) -> Counter:
     """What one unit is worth in the described model. As many heads as in the specimen, or the units would be others."""
-    value = getattr(described.get_submodule(counter.module), counter.attribute)
-    if value % count or (counter.attribute in HEAD_COUNTS and value // count != counter.worth):
+    value = largest(described.get_submodule(counter.module), counter.attribute) or 0
+    if value % count or (counter.attribute in (*HEAD_COUNTS, *CONFIG_COUNTS) and value // count != counter.worth):
         raise CompressionError(
             f"{counter.module}: {counter.attribute} = {value} is not told by {count} {units.kind}, so where they are is not "
             f"proven; {ELSE}."

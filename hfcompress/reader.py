@@ -28,8 +28,7 @@ def read(model: nn.Module, batch: dict[str, Tensor]) -> list[Units]:
     """Candidates for units, in the order in which their outputs run, counters not yet told. `model`: small, float32, random."""
     layers = _layers(model)
     first: dict[Any, str] = {}
-    for name, layer in layers.items():
-        first.setdefault(_signature(layer), name)
+    like = {name: first.setdefault(_signature(layer), name) for name, layer in layers.items()}
     watched = {name: layers[name] for name in first.values()}
     readings = _run(model, watched, batch)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and not _follows_weight(model, name)}
@@ -37,12 +36,7 @@ def read(model: nn.Module, batch: dict[str, Tensor]) -> list[Units]:
     for top in watched:
         inside = [reading for reading in readings if reading.name == top or reading.name.startswith(f"{top}.")]
         found[top] = [units for reading in inside if (units := _units(reading, parameters)) is not None]
-    everywhere = [
-        _renamed(units, first[_signature(layer)], name)
-        for name, layer in layers.items()
-        for units in found[first[_signature(layer)]]
-    ]
-    return _coupled(everywhere)
+    return _coupled([_renamed(units, one, name) for name, one in like.items() for units in found[one]])
 
 
 def _follows_weight(model: nn.Module, name: str) -> bool:
@@ -118,10 +112,11 @@ def _run(model: nn.Module, watched: dict[str, nn.Module], batch: dict[str, Tenso
 
 
 def _is_reader(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
+    """Whether its weight's columns are features of its input: a Linear of any make, a convolution that is not grouped."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1
-    return (isinstance(module, nn.Linear) or kind_of(module) in ("linear", "conv1d")) and isinstance(weight, nn.Parameter)
+    weight, name = getattr(module, "weight", None), type(module).__name__
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and (name.endswith("Linear") or kind_of(module) == "conv1d")
 
 
 def _detach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -215,6 +210,8 @@ def _partitioned(
     queries and keys to a head, and under grouped queries the keys to several.
     """
     others = {name: p for name, p in parameters.items() if name != tensor}
+    if not others:
+        return None
 
     def pattern(start: int, size: int) -> Pattern:
         signal = columns(start, size)
@@ -236,7 +233,7 @@ def _partitioned(
     if not _predicts(owned, pattern(width - size, size), width // size):
         return None
     inputs = tuple(Span(name, along, segments) for (name, along), segments in owned.items())
-    inputs += tuple(_bias_of(span) for span in inputs if _has_bias(reading.model, span))
+    inputs += tuple(other for span in inputs for other in _beside(reading.model, span))
     if len({span.tensor for span in inputs}) < len(inputs):  # block-diagonal: an entry would belong to two units
         return None
     output = Span(tensor, axis, (Segment(size),))
@@ -250,14 +247,13 @@ def _around(modules: list[str]) -> str:
     return ".".join(part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts))
 
 
-def _bias_of(span: Span) -> Span:
-    return replace(span, tensor=f"{span.module}.bias", axis=0)
-
-
-def _has_bias(model: nn.Module, span: Span) -> bool:
+def _beside(model: nn.Module, span: Span) -> Iterator[Span]:
+    """What a module holds for each row of its weight: a bias, the statistics of a batch norm."""
     module = model.get_submodule(span.module)
-    output = 1 if kind_of(module) == "conv1d" else 0
-    return span.tensor.endswith(".weight") and span.axis == output and isinstance(getattr(module, "bias", None), nn.Parameter)
+    if span.tensor.endswith(".weight") and span.axis == (1 if kind_of(module) == "conv1d" else 0):
+        for leaf in ("bias", "running_mean", "running_var"):
+            if isinstance(getattr(module, leaf, None), Tensor):
+                yield replace(span, tensor=f"{span.module}.{leaf}", axis=0)
 
 
 def _pattern(signal: Tensor, parameters: dict[str, nn.Parameter]) -> Pattern:

@@ -13,6 +13,8 @@ from hfcompress.layers import blank, features, kind_of, needs_us
 
 def as_bitsandbytes(model: nn.Module, edits: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """The plain bitsandbytes config, if low-bit layers of one sort are all that changed; such a checkpoint needs no import."""
+    if not all(edit["kind"] in ("linear_4bit", "linear_8bit") for edit in edits.values()):
+        return None
     sorts = {
         tuple(sorted((k, v) for k, v in e.items() if k not in ("in_features", "out_features", "bias"))) for e in edits.values()
     }
@@ -21,7 +23,6 @@ def as_bitsandbytes(model: nn.Module, edits: dict[str, dict[str, Any]]) -> dict[
         features(described.get_submodule(name)) != (edit.get("in_features"), edit.get("out_features"))
         or edit.get("bias") != (getattr(described.get_submodule(name), "bias", None) is not None)
         for name, edit in edits.items()
-        if edit["kind"] in ("linear_4bit", "linear_8bit")
     ):
         return None
     sort = dict(sorts.pop())

@@ -12,52 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfcompress.counts import COUNTS, count_in, largest, set_count
 from hfcompress.errors import CompressionError
 from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of
 from hfcompress.stock import as_bitsandbytes
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
-
-# Integers that forwards read, so cutting must correct them. A structure from the internet may set these and no others.
-HEAD_COUNTS = (
-    "num_heads",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "num_attn_heads",
-    "num_head",
-    "num_v_heads",
-    "num_k_heads",
-    "n_heads",
-    "n_head",
-    "no_heads",
-    "heads",
-    "attention_heads",
-)
-OWN_COUNTS = (
-    *HEAD_COUNTS,
-    "all_head_size",
-    "split_size",
-    "intermediate_size",
-    "intermediate_dim",
-    "ffn_dim",
-    "expert_dim",
-    "ffn_hidden_size",
-)
-WIDTH_COUNTS = (
-    "embed_dim",
-    "inner_dim",
-    "hidden_size",
-    "hidden_dim",
-    "d_model",
-    "dim",
-    "key_dim",
-    "value_dim",
-    "mem_dim",
-)
-_LAYER_SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "in_channels", "out_channels", "groups")
-COUNTS = (*OWN_COUNTS, *WIDTH_COUNTS, "num_key_value_groups", *_LAYER_SIZES)
 
 # Sizes in which a plain transformers config may already express a cut, tried in this order.
 _WIDTHS = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
@@ -139,7 +100,7 @@ def _edit_between(old: nn.Module | None, new: nn.Module, name: str) -> dict[str,
             f"{name}: a {type(new).__name__} stands where the architecture has a {type(old).__name__}, and no edit can "
             f"express it; possible kinds are {', '.join(KINDS)}; merge or remove that layer before saving."
         )
-    counts = {key: getattr(new, key) for key in COUNTS if _count(new, key) and getattr(old, key, None) != getattr(new, key)}
+    counts = {key: value for key in COUNTS if (value := count_in(new, key)) is not None and value != count_in(old, key)}
     before, after = _own_shapes(old), _own_shapes(new)
     shapes = {key: shape for key, shape in after.items() if before.get(key, shape) != shape}
     edit: dict[str, Any] = {**counts, **({"shapes": shapes} if shapes else {})}
@@ -152,10 +113,6 @@ def _own_shapes(module: nn.Module) -> dict[str, list[int]]:
     return {key: list(tensor.shape) for key, tensor in tensors.items() if tensor is not None and key not in unsaved}
 
 
-def _count(module: nn.Module, key: str) -> bool:
-    return type(getattr(module, key, None)) is int
-
-
 def _apply(model: nn.Module, name: str, edit: dict[str, Any]) -> None:
     fields = {key: value for key, value in edit.items() if key != "kind"}
     if edit["kind"] == "counts":
@@ -165,7 +122,7 @@ def _apply(model: nn.Module, name: str, edit: dict[str, Any]) -> None:
             shaped = torch.empty(shape, dtype=tensor.dtype, device="meta")
             setattr(module, key, nn.Parameter(shaped, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shaped)
         for key, value in fields.items():
-            setattr(module, key, value)
+            set_count(module, key, value)
     else:
         old = model.get_submodule(name)
         with torch.device("meta"):
@@ -211,8 +168,9 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
     if edit["kind"] == "counts":
         _check_shapes_told(fields.pop("shapes", {}), _own_shapes(old), refuse)
         for key, value in fields.items():
-            if key not in COUNTS or not _count(old, key) or type(value) is not int or not 0 < value <= getattr(old, key):
-                refuse(f"{key} = {value!r} is not an integer from 1 to {getattr(old, key, 'nothing there')}")
+            most = largest(old, key)
+            if most is None or type(value) is not int or not 0 < value <= most:
+                refuse(f"{key} = {value!r} is not an integer from 1 to {most or 'nothing there'}")
         return
     if kind_of(old) is None:
         refuse(f"a {type(old).__name__} can't become a {edit['kind']}")

@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import Span, Units, body_linears, reads_weight
+from hfcompress.counts import set_count
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.layers import codes_fit, is_low_bit, kind_of
 
@@ -50,7 +51,7 @@ def cut(model: nn.Module, units: Units, keep: Tensor) -> None:
     for span in (*units.inputs, *units.outputs):
         keep_entries(model, span, span.index(keep, units.count))
     for counter in units.counters:
-        setattr(model.get_submodule(counter.module), counter.attribute, counter.worth * keep.shape[-1])
+        set_count(model.get_submodule(counter.module), counter.attribute, counter.worth * keep.shape[-1])
 
 
 def keep_entries(model: nn.Module, span: Span, index: Tensor) -> None:
@@ -72,6 +73,9 @@ def keep_entries(model: nn.Module, span: Span, index: Tensor) -> None:
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
     setattr(owner, leaf, new)
+    for key, value in vars(owner).items():
+        if key.endswith("cache") and isinstance(value, dict):  # LeViT keeps biases that it computed of the old ones
+            value.clear()
     if leaf == "weight":
         for attribute in _sizes_along(owner, span.axis):
             setattr(owner, attribute, index.shape[-1])
@@ -124,8 +128,7 @@ def _gate_one(model: nn.Module, units: Units, span: Span, gates: Gates) -> Any:
     channel = 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
 
     def scale(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]
-        return (_scaled(x, channel, units, gates), *inputs[1:])
+        return (_scaled(inputs[0], channel, (units.count, span.width), gates), *inputs[1:])
 
     scale.is_gate = True  # type: ignore[attr-defined]
     return module.register_forward_pre_hook(scale)
@@ -136,7 +139,7 @@ def _gate_weight(module: nn.Module, leaf: str, units: Units, span: Span, gates: 
 
     def scale(module: nn.Module, _: Any) -> None:
         # An instance attribute hides the parameter of the same name, which stays where it is.
-        vars(module)[leaf] = _scaled(module._parameters[leaf], span.axis, units, gates)
+        vars(module)[leaf] = _scaled(module._parameters[leaf], span.axis, (units.count, span.width), gates)
 
     def restore(module: nn.Module, *_: Any) -> None:
         vars(module).pop(leaf, None)
@@ -145,9 +148,8 @@ def _gate_weight(module: nn.Module, leaf: str, units: Units, span: Span, gates: 
     return Removable([module.register_forward_pre_hook(scale), module.register_forward_hook(restore, always_call=True)])
 
 
-def _scaled(x: Any, axis: int, units: Units, gates: Gates) -> Tensor:
-    last = x.movedim(axis, -1)
-    blocks = last.unflatten(-1, (units.count, units.size))
+def _scaled(x: Any, axis: int, sizes: tuple[int, int], gates: Gates) -> Tensor:
+    blocks = x.movedim(axis, -1).unflatten(-1, sizes)
     return (blocks * gates(blocks)).flatten(-2).to(x.dtype).movedim(-1, axis)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from hfcompress.anatomy import body_linears, layer_stacks
+from hfcompress.anatomy import Units, body_linears, layer_stacks
 from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
 from hfcompress.layers import is_low_bit, quiet_casts
@@ -40,7 +40,7 @@ from hfcompress.loading import forget_reading
 from hfcompress.methods import LowRank, Quantize
 from hfcompress.methods.low_rank import _as_layer
 from hfcompress.miniature import example, miniature
-from hfcompress.proof import units_of
+from hfcompress.proof import proven, shaped, units_of
 from hfcompress.structure import describe
 from hfcompress.surgery import cut, gate, swap
 
@@ -280,6 +280,15 @@ def vocab(name: str, kind: str) -> None:
     check_reload(model, mapped)
 
 
+def some(units: Units, number: int) -> Tensor:
+    """About half of the units, other ones and another number in every layer; kernels for experts want eights."""
+    half = units.count // 2
+    size = half - half % 8 if units.lanes > 1 and half >= 8 else max(1, half - number % 2)
+    torch.manual_seed(number)
+    chosen = [torch.randperm(units.count)[:size].sort().values for _ in range(units.lanes)]
+    return torch.stack(chosen) if units.lanes > 1 else chosen[0]
+
+
 def units(which: str) -> Callable[[str, str], None]:
     """Heads or neurons: cutting a unit equals silencing it."""
 
@@ -287,14 +296,14 @@ def units(which: str) -> Callable[[str, str], None]:
         model = build(name, kind)
         inputs = example(model)
         dense, talks = answer(model, inputs), generates(model, inputs)
-        found = [one for one in units_of(model, which) if one.count > 1]
-        if not found:
+        if which in proven(model).absent:
             raise Absent
-        keeps = [torch.arange(0, one.count, 2) for one in found]
+        found = units_of(model, which)
+        keeps = [some(one, number) for number, one in enumerate(found)]
         handles = []
         for one, keep in zip(found, keeps, strict=True):
-            gates = torch.zeros(one.count, 1).index_fill(0, keep, 1.0)
-            handles.append(gate(model, one, lambda _, gates=gates: gates))
+            values = torch.zeros(one.shape).scatter(-1, keep, 1.0)
+            handles.append(gate(model, one, lambda x, values=values, one=one: shaped(values, one, x)))
         silenced = answer(model, inputs)
         for handle in handles:
             handle.remove()

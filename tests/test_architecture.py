@@ -23,16 +23,17 @@ TASK_FILES = [name.replace("-", "_") for name in TASKS]
 ALLOWED = {
     "errors": "",
     "layers": "errors",
+    "counts": "",
     "stock": "layers",
-    "structure": "errors layers stock",
+    "structure": "errors counts layers stock",
     "loading": "errors layers structure",
     "anatomy": "layers",
-    "surgery": "errors layers anatomy",
+    "surgery": "errors counts layers anatomy",
     "examples": "errors",
     "odd_sizes": "",
     "miniature": "errors layers examples odd_sizes",
     "reader": "layers anatomy",
-    "proof": "errors layers structure anatomy surgery miniature examples reader",
+    "proof": "errors counts layers structure anatomy surgery miniature examples reader",
     "scores": "errors layers anatomy surgery processes",
     "depth": "errors layers anatomy",
     "width": "errors layers anatomy surgery proof scores depth",
@@ -111,7 +112,7 @@ def test_the_two_sides_never_meet() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    expected = [f"hfcompress.{name}" for name in ("errors", "layers", "loading", "stock", "structure")]
+    expected = [f"hfcompress.{name}" for name in ("counts", "errors", "layers", "loading", "stock", "structure")]
     assert told.strip() == f"{expected} False False"
 
 

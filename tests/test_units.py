@@ -1,0 +1,183 @@
+"""Heads and neurons of the architectures that people bring: found, proven, cut, saved; and refused where they can't be cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import hfcompress.loading  # noqa: F401
+from hfcompress.anatomy import Units, roles
+from hfcompress.errors import CompressionError
+from hfcompress.examples import example
+from hfcompress.layers import blank
+from hfcompress.methods import PruneHeads, PruneNeurons
+from hfcompress.miniature import miniature
+from hfcompress.proof import answers, close, proven, shaped, units_of
+from hfcompress.structure import describe
+from hfcompress.surgery import cut, gate
+
+# class: what its own config calls heads (or groups of keys and values) and neurons
+CLASSES: dict[str, tuple[str, str]] = {
+    "BertForSequenceClassification": ("num_attention_heads", "intermediate_size"),
+    "RobertaForMaskedLM": ("num_attention_heads", "intermediate_size"),
+    "DebertaV2ForSequenceClassification": ("num_attention_heads", "intermediate_size"),
+    "ModernBertForMaskedLM": ("num_attention_heads", "intermediate_size"),
+    "ElectraForTokenClassification": ("num_attention_heads", "intermediate_size"),
+    "DistilBertForQuestionAnswering": ("n_heads", "hidden_dim"),
+    "AlbertForMaskedLM": ("num_attention_heads", "intermediate_size"),
+    "MPNetForMaskedLM": ("num_attention_heads", "intermediate_size"),
+    "XLMRobertaForTokenClassification": ("num_attention_heads", "intermediate_size"),
+    "GPT2LMHeadModel": ("n_head", "n_inner"),
+    "GPTNeoXForCausalLM": ("num_attention_heads", "intermediate_size"),
+    "OPTForCausalLM": ("num_attention_heads", "ffn_dim"),
+    "LlamaForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "MistralForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "Qwen2ForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "Qwen3ForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "Gemma2ForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "Phi3ForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "FalconForCausalLM": ("num_attention_heads", "ffn_hidden_size"),
+    "MixtralForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "GptOssForCausalLM": ("num_key_value_heads", "intermediate_size"),
+    "DeepseekV3ForCausalLM": ("num_attention_heads", "intermediate_size"),
+    "T5ForConditionalGeneration": ("num_heads", "d_ff"),
+    "BartForConditionalGeneration": ("encoder_attention_heads", "encoder_ffn_dim"),
+    "MarianMTModel": ("encoder_attention_heads", "encoder_ffn_dim"),
+    "WhisperForConditionalGeneration": ("encoder_attention_heads", "encoder_ffn_dim"),
+    "Wav2Vec2ForCTC": ("num_attention_heads", "intermediate_size"),
+    "ViTForImageClassification": ("num_attention_heads", "intermediate_size"),
+    "DeiTForImageClassification": ("num_attention_heads", "intermediate_size"),
+}
+MORE = ("CLIPForImageClassification", "SiglipForImageClassification", "SwinForImageClassification")
+
+
+def tiny(name: str, layers: int = 2, heads: int = 4) -> Any:
+    """A random model whose biases and norms hide nothing."""
+    kind: Any = getattr(transformers, name)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        model = kind(miniature(kind.config_class(), layers=layers, heads=heads)).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.02 * torch.randn_like(parameter)
+            elif parameter.requires_grad:  # else a table of sinusoids
+                parameter *= 3
+    return model
+
+
+def some(units: Units, number: int) -> torch.Tensor:
+    """Half of the units, other ones in every layer; kernels for experts want eights."""
+    size = max(1, units.count // 2 - (units.count // 2) % 8) if units.count > 8 else units.count // 2
+    return torch.stack([torch.randperm(units.count)[:size].sort().values for _ in range(units.lanes)]).reshape(
+        *units.shape[:-1], size
+    )
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+@pytest.mark.parametrize("name", [*CLASSES, *MORE])
+def test_cut_equals_silenced_and_reload_is_exact(name: str, kind: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = tiny(name)
+    batch, before = example(model), answers(model, example(model))
+    units = units_of(model, kind)
+    kept = [some(one, number) for number, one in enumerate(units)]
+    handles = []
+    for one, keep in zip(units, kept, strict=True):
+        values = torch.zeros(one.shape).scatter(-1, keep, 1.0)
+        handles.append(gate(model, one, lambda x, values=values, one=one: shaped(values, one, x)))
+    silenced = answers(model, batch)
+    for handle in handles:
+        handle.remove()
+    for one, keep in zip(units, kept, strict=True):
+        cut(model, one, keep)
+    got = answers(model, batch)
+    assert not close(silenced[0], before[0], 1e-4), "silencing must be felt, or the law says nothing"
+    assert all(close(mine, theirs) for mine, theirs in zip(got, silenced, strict=True))
+    describe(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(answers(again, batch), got, strict=True))
+    if getattr(again.config, "num_key_value_heads", None) != 1:  # else every query head is a unit now
+        assert [one.count for one in units_of(again, kind)] == [keep.shape[-1] for keep in kept], "it can be cut again"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_large_model_has_the_units_of_its_config(name: str) -> None:
+    kind: Any = getattr(transformers, name)
+    config = kind.config_class()
+    with torch.device("meta"):
+        model = kind(config)
+    heads, neurons = (getattr(config, key) for key in CLASSES[name])
+    found = units_of(model, "heads")[0]
+    assert found.count == heads
+    assert found.count * found.size == model.get_submodule(found.output).weight.shape[found.outputs[0].axis]
+    assert units_of(model, "neurons")[0].count == (neurons or 4 * config.hidden_size)
+
+
+def test_heads_that_share_a_table_of_positions_are_one_decision() -> None:
+    units = units_of(tiny("T5ForConditionalGeneration", layers=3), "heads")
+    sides = [
+        sorted(name for name in ("encoder", "decoder") if any(s.tensor.startswith(name) for s in one.outputs)) for one in units
+    ]
+    assert [len(one.outputs) for one in units if len(one.outputs) > 1] == [3, 3]
+    assert all(len(side) == 1 for side in sides), "encoder and decoder have tables of their own"
+
+
+def test_groups_of_queries_go_together() -> None:
+    kind = transformers.LlamaForCausalLM
+    config = miniature(transformers.LlamaConfig(num_key_value_heads=2, num_attention_heads=4), layers=2)
+    one = units_of(kind(config), "heads")[0]
+    widths = {span.module.rpartition(".")[2][0]: span.width for span in one.inputs}
+    assert one.count == 2 and widths["q"] == 2 * widths["k"] == 2 * widths["v"]
+
+
+def test_experts_have_neurons_of_their_own() -> None:
+    units = units_of(tiny("MixtralForCausalLM"), "neurons")
+    assert all(one.lanes > 1 and one.shape == (one.lanes, one.count) for one in units)
+
+
+def test_projections_have_their_roles() -> None:
+    for name in ("BertForSequenceClassification", "GPT2LMHeadModel", "LlamaForCausalLM", "DistilBertForQuestionAnswering"):
+        parts = [part for _, parts in roles(units_of(tiny(name), "heads")[0]) for part in parts]
+        assert parts == ["query", "key", "value"]
+
+
+REFUSED = {
+    "BloomForCausalLM": "heads",  # the bias of a head follows from its number
+    "Olmo2ForCausalLM": "heads",  # one norm over all heads
+    "MambaForCausalLM": "heads",  # none
+    "BitNetForCausalLM": "neurons",  # one norm over all neurons
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_proven_is_refused_by_name(name: str) -> None:
+    model, kind = tiny(name), REFUSED[name]
+    before = answers(model, example(model))
+    method = PruneHeads(0.5, scores="magnitude") if kind == "heads" else PruneNeurons(0.5, scores="magnitude")
+    with pytest.raises(CompressionError) as error:
+        method.run(model, None)
+    assert str(error.value).startswith(f"{name}: ") and "quantize and cast need no units" in str(error.value)
+    assert str(error.value) == f"{name}: {proven(model).refusals[kind]}; {ELSE}"
+    assert all(torch.equal(one, two) for one, two in zip(answers(model, example(model)), before, strict=True))
+
+
+ELSE = "distill, student, prune_layers, prune_vocab, prune_weights, low_rank, adapters, quantize and cast need no units."
+
+
+def test_a_proof_is_made_once_for_a_config() -> None:
+    one, two = tiny("BertForSequenceClassification"), tiny("BertForSequenceClassification")
+    assert proven(one) is proven(two)
+    assert proven(blank(one)) is proven(one), "an empty model has the same units"
+
+
+def test_a_model_that_somebody_else_cut_is_refused() -> None:
+    model = tiny("BertForSequenceClassification")
+    layer: Any = model.get_submodule("bert.encoder.layer.0.intermediate.dense")
+    layer.weight = nn.Parameter(layer.weight[:-3])
+    with pytest.raises(CompressionError, match="nobody cut"):
+        units_of(model, "neurons")
