@@ -366,6 +366,11 @@ def examine(name: str, kind: str, only: list[str], debug: bool) -> dict[str, Any
             return {**found, "not_built": "its logits are not finite"}
         if distance(first, second) != 0:
             return {**found, "not_built": "its forward is not deterministic in eval mode"}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder).eval()
+        if distance(first, answer(again, inputs)) != 0:
+            return {**found, "not_built": "the untouched tiny model is another one after save_pretrained and from_pretrained"}
     except Exception as error:
         if debug:
             traceback.print_exc()
