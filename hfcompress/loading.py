@@ -98,7 +98,8 @@ class HfcompressQuantizer(HfQuantizer):
         rebuild(model, self.quantization_config.modules)
         for module in model.modules():
             if (kind_of(module) or "").startswith("low_rank"):
-                module._is_hf_initialized = True  # its factors load; what initialises a dense layer would ask for its shape
+                for part in module.modules():  # what initialises a dense layer would ask for its shape or its bias
+                    part._is_hf_initialized = True  # type: ignore[assignment]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -107,14 +107,12 @@ class _Shrink:
         for number, index in enumerate(kept):
             own = tiny[number] = copy.deepcopy(overrides.get(index, {}))
             for key, value in own.items():
-                if type(value) is int and (_WINDOW.search(key) or _WIDTH.search(key)):
-                    own[key] = (
-                        12
-                        if "window" in key
-                        else (HEAD + 4 if self.rope else 2 * OWN_HEAD)
-                        if "head_dim" in key
-                        else NEURONS - 8
-                    )
+                if key == "qk_nope_head_dim":
+                    own[key] = HEAD
+                elif type(value) is int and "head_dim" in key:
+                    own[key] = HEAD + 4 if self.rope else 2 * OWN_HEAD
+                elif type(value) is int and (_WINDOW.search(key) or _WIDTH.search(key)):
+                    own[key] = 12 if "window" in key else NEURONS - 8
                 elif type(value) is int and self.heads is not None:
                     own[key] = min(value, self.heads if "heads" in key else 2)
         return tiny

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hfcompress.layers import blank, features, kind_of, needs_us
@@ -29,6 +30,8 @@ def as_bitsandbytes(model: nn.Module, edits: dict[str, dict[str, Any]]) -> dict[
     left_alone = [*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     if not all(should_convert_module(name, left_alone) and not needs_us(model.get_submodule(name)) for name in edits):
         return None
+    if any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules()):
+        return None  # Llama 4's experts: a quantised load puts others in their place, for which there are no weights
     if sort["kind"] == "linear_8bit":
         return {
             "quant_method": "bitsandbytes",

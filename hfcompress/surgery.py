@@ -179,7 +179,8 @@ def codable(model: Any, bits: int = 8) -> list[str]:
         if codes_fit(model.get_submodule(name), bits)
         and not any(f".{part}." in f".{name}." for part in dense)
         and not reads_weight(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], even_dtype=True)
-        # The scales of codes are found by the name of their weight, which a load must leave as it is.
+        # The scales of codes are found by the name of their weight, which a load must leave as it is and not find twice.
+        and not any(part.endswith("weight") for part in name.split("."))
         and all(one.rename_source_key(key)[0] == key for key in (f"{name}.weight", f"{name}.SCB") for one in renames)
     ]
 

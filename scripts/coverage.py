@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hfcompress.anatomy import Units, body_linears, layer_stacks
 from hfcompress.depth import keep_layers
@@ -72,13 +74,18 @@ class Wrong(Exception):
 
 
 def listed() -> dict[str, str]:
-    """Every class of the mappings, by name, with its model type."""
-    classes: dict[str, str] = {}
+    """Every class of the mappings, by name, with its model type: of several, the one it is named after."""
+    kinds: dict[str, list[str]] = defaultdict(list)
     for name in LISTED:
         for kind, found in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES").items():
             for one in [found] if isinstance(found, str) else found:
-                classes.setdefault(one, kind)
-    return classes
+                kinds[one].append(kind)
+    return {one: max(found, key=lambda kind: _named_after(one, kind)) for one, found in kinds.items()}
+
+
+def _named_after(name: str, kind: str) -> tuple[bool, bool]:
+    config = CONFIG_MAPPING_NAMES.get(kind, "").removesuffix("Config")
+    return name.startswith(config), config.lower() == re.sub("[-_]", "", kind)
 
 
 def build(name: str, kind: str, layers: int = 2) -> Any:
@@ -359,6 +366,11 @@ def examine(name: str, kind: str, only: list[str], debug: bool) -> dict[str, Any
             return {**found, "not_built": "its logits are not finite"}
         if distance(first, second) != 0:
             return {**found, "not_built": "its forward is not deterministic in eval mode"}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder).eval()
+        if distance(first, answer(again, inputs)) != 0:
+            return {**found, "not_built": "the untouched tiny model is another one after save_pretrained and from_pretrained"}
     except Exception as error:
         if debug:
             traceback.print_exc()
