@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hfcompress.errors import CompressionError
 from hfcompress.layers import features, kind_of
@@ -56,19 +55,6 @@ class Anatomy:
     def units(self, kind: str) -> list[Units]:
         """All units of a kind, "heads" or "neurons", first layer first."""
         return [getattr(layer, kind) for layer in self.layers]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Layers that run one after another: an `nn.ModuleList` of transformers' own layer class, in any architecture."""
-
-    name: str
-    count: int
-
-    @property
-    def side(self) -> str | None:
-        """The first of "encoder" and "decoder" in its name, or None: "decoder.bert.encoder.layer" is a decoder's."""
-        return next((part for part in self.name.split(".") if part in ("encoder", "decoder")), None)
 
 
 @dataclass(frozen=True)
@@ -164,25 +150,6 @@ def anatomy(model: nn.Module) -> Anatomy:
         name = f"{prefix}{family.stack}.{index}"
         layers.append(Layer(name, _heads(layer, name, family), _neurons(layer, name, family)))
     return Anatomy(f"{prefix}{family.stack}", tuple(layers), f"{prefix}{family.embedding}")
-
-
-def layer_stacks(model: nn.Module) -> list[Stack]:
-    """Every stack of layers, of architectures known by name or not; empty where one layer serves many times, as in ALBERT.
-
-    A layer that holds no matrix (the convolutions before a speech encoder) is no layer of this kind.
-    """
-    stacks: list[Stack] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{stack.name}.") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_is_layer, module)):
-            stacks.append(Stack(name, len(module)))
-    return stacks
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, GradientCheckpointingLayer) and any(
-        isinstance(part, nn.Linear) or kind_of(part) is not None for part in module.modules()
-    )
 
 
 def family_of(model: nn.Module) -> Family:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.anatomy import FAMILIES, Units, anatomy, layer_stacks
-from hfcompress.depth import plain, shapes
+from hfcompress.anatomy import FAMILIES, Units, anatomy
+from hfcompress.blanks import plain, shapes
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.layers import blank, kind_of
 from hfcompress.scores import magnitude
+from hfcompress.stacks import layer_stacks
 from hfcompress.surgery import become
 
 Index = dict[tuple[str, int], Tensor]
