@@ -82,8 +82,8 @@ def plain(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | set | tuple):
-        return all(_is_plain(one) for one in value)
+    if isinstance(value, list | set | tuple | dict):
+        return all(_is_plain(one) for one in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, bool | int | float | str)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from hfcompress.depth import keep_layers, shortened, unlike
 from hfcompress.errors import CompressionError
 from hfcompress.layers import blank
 from hfcompress.stacks import Stack, layer_stacks, lists
+
+_CHOICES = 12  # a trial that fails may build dozens of models without weights
 
 
 def rehearse(model: Any, cuts: Mapping[str, list[int]], asked: str) -> None:
@@ -37,7 +40,11 @@ def permitted(model: Any, stack: Stack, scores: Tensor, number: int, asked: str)
     """
     best = scores.topk(number).indices.sort().values.tolist()
     problem: CompressionError | None = None
-    for keep in _choices(model, stack, scores.tolist(), best):
+    tried: list[list[int]] = []
+    for keep in itertools.islice(_choices(model, stack, scores.tolist(), best), _CHOICES):
+        if keep in tried:
+            continue
+        tried.append(keep)
         try:
             _rehearsed(model, {stack.name: keep}, asked)
             return keep
@@ -53,10 +60,10 @@ def _choices(model: Any, stack: Stack, scores: list[float], best: list[int]) -> 
     if stack.repeats:
         turns = [[index * groups // stack.count == place * groups // number for place in range(number)]
                  for index in range(stack.count)]  # fmt: skip
-        ways = [turns]
+        ways: Iterable[list[list[bool]]] = [turns]
     else:
         before = reloaded(model, model.config)
-        ways = [_fits(before, after, stack, number) for after in shortened(model, stack, best)]
+        ways = (_fits(before, after, stack, number) for after, _ in shortened(model, before, stack, best))
     for fits in ways:
         keep = _aligned(fits, scores, number)
         if keep is not None and keep != best:
@@ -68,9 +75,7 @@ def _choices(model: Any, stack: Stack, scores: list[float], best: list[int]) -> 
 
 def _fits(before: nn.Module, after: nn.Module, stack: Stack, number: int) -> list[list[bool]]:
     """Whether a layer is what the config describes at a place: (count, number)."""
-    old, new = (dict(lists(one)).get(stack.name, []) for one in (before, after))
-    if len(new) != number:
-        return []
+    old, new = (dict(lists(one))[stack.name] for one in (before, after))
     return [[not unlike(layer, other, index, place) for place, other in enumerate(new)] for index, layer in enumerate(old)]
 
 
@@ -127,7 +132,7 @@ def _counts_tokens(model: Any) -> bool:
 
 def _check_lengths(model: Any, asked: str) -> None:
     """transformers makes a cache as long as a config's first count of layers, in T5 and ProphetNet the encoder's."""
-    if not model.config.is_encoder_decoder or not _counts_tokens(model):
+    if not model.config.is_encoder_decoder or not model.can_generate() or not _counts_tokens(model):
         return
     places = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
     for stack in layer_stacks(model):

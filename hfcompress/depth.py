@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -74,10 +75,7 @@ def _described(
         f"{stack.count} layers can't be told; possible are stacks with a count of their own; name one as stack."
     )
     best = 0
-    for after in shortened(model, stack, keep):
-        others = _others(before, after, stack, len(keep), along)
-        if others is None:
-            continue
+    for after, others in shortened(model, before, stack, keep, along):
         told, rank = _mistake(before, after, stack, keep, others)
         if not told:
             return after, others
@@ -86,26 +84,52 @@ def _described(
     raise CompressionError(f"{asked}: {mistake}")
 
 
-def shortened(model: Any, stack: Stack, keep: list[int]) -> Iterator[nn.Module]:
-    """Every blank model that comes of telling a config, in all ways it may be told, that so many layers are left."""
+def shortened(
+    model: Any, before: nn.Module, stack: Stack, keep: list[int], along: Collection[str] = ()
+) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Every blank model with so many layers in the stack that comes of telling the config so, in all ways it may be told,
+    and the lists that have become shorter like it. Fields that count a part of the layers are tried last."""
+    seen: set[str] = set()
+    fitting, failing = [], []
     for counter, marks in itertools.product(counters(model.config, stack.count, "layer"), _MARKS):
+        after = _told(model, counter, marks, {}, stack.count, keep, seen)
+        others = None if after is None else _others(before, after, stack, len(keep), along)
+        if after is None:
+            failing.append((counter, marks))
+        elif others is not None:
+            fitting.append((counter, marks))
+            yield after, others
+    found = {counter for counter, _ in fitting}
+    for counter, marks in [*fitting, *(one for one in failing if not found or one[0] in found)]:
         for partial in _partial(counter.part(model.config), counter, keep, stack.count):
-            config = copy.deepcopy(model.config)
-            part: Any = counter.part(config)
-            try:
-                counter.put(config, len(keep))
-                _shorten(part, counter, keep, stack.count, marks)
-                for key, value in partial.items():
-                    setattr(part, key, value)
-                yield reloaded(model, config)
-            except Exception:  # a field of another meaning: the config's own checks, or the model's, refuse the number
-                continue
+            after = _told(model, counter, marks, partial, stack.count, keep, seen)
+            others = None if after is None else _others(before, after, stack, len(keep), along)
+            if after is not None and others is not None:
+                yield after, others
 
 
-def _partial(config: Any, counter: Counter, keep: list[int], count: int) -> Iterator[dict[str, int]]:
-    """Values of fields that may count the first layers (DeepSeek's dense ones) or the last (Gemma 3n's, which share keys and
-    values); at first none is taken to."""
-    yield {}
+def _told(
+    model: Any, counter: Counter, marks: tuple[str, ...], partial: dict[str, Any], count: int, keep: list[int], seen: set[str]
+) -> nn.Module | None:
+    """The blank model of a config that is told so, or None if it has been seen or can't be built."""
+    config = copy.deepcopy(model.config)
+    part: Any = counter.part(config)
+    try:
+        counter.put(config, len(keep))
+        _shorten(part, counter, keep, count, marks)
+        for key, value in partial.items():
+            setattr(part, key, value)
+        told = config.to_json_string()
+        if told in seen:
+            return None
+        seen.add(told)
+        return reloaded(model, config)
+    except Exception:  # a field of another meaning: the config's own checks, or the model's, refuse the number
+        return None
+
+
+def _partial(config: Any, counter: Counter, keep: list[int], count: int) -> Iterator[dict[str, Any]]:
+    """Values of fields that may count the first layers (DeepSeek's dense ones) or the last (Gemma 3n's, which share keys)."""
     choices: dict[str, list[int]] = {}
     for key, value in vars(config).items():
         if type(value) is int and 0 < value <= count and key != counter.key and any(
@@ -116,6 +140,9 @@ def _partial(config: Any, counter: Counter, keep: list[int], count: int) -> Iter
     ways = itertools.product(*choices.values())
     for way in itertools.islice(ways, 1, _TRIES):
         yield dict(zip(choices, way, strict=True))
+    for key, value in vars(config).items():
+        if isinstance(value, float) and "scale" in key:  # MiniCPM3 divides it by the root of the number of layers
+            yield {key: value * math.sqrt(len(keep) / count)}
 
 
 def _shorten(config: Any, counter: Counter, keep: list[int], count: int, marks: tuple[str, ...]) -> None:
@@ -167,7 +194,7 @@ def _others(before: nn.Module, after: nn.Module, stack: Stack, length: int, alon
 def _is_index(key: str, before: Any, after: Any, index: int, number: int) -> bool:
     """Whether a value counts the layers: it moves as the layer does (layer_idx, for caches), or twice as fast (two each)."""
     step = before - after if type(before) is int and type(after) is int else 0
-    return step != 0 and (step == index - number or ("idx" in key and step == 2 * (index - number)))
+    return step != 0 and (step == index - number or (key == "layer_idx" and step == 2 * (index - number)))
 
 
 def _only_in_the_first(old: Any, new: Any, keep: list[int]) -> list[str]:
@@ -178,8 +205,11 @@ def _only_in_the_first(old: Any, new: Any, keep: list[int]) -> list[str]:
     extra = [name for name in wanted if name not in heir]
     owners = sorted({name.rpartition(".")[0] for name in extra})
     known = {name for name, _ in old[keep[0]].named_modules()}
-    if not extra or wanted != first or any(name not in wanted for name in heir):
+    kinds = {name: type(one) for name, one in new[0].named_modules()}
+    if not extra or wanted != first or any(wanted.get(name) != shape for name, shape in heir.items()):
         return []
+    if any(kinds.get(name) is not type(one) for name, one in old[keep[0]].named_modules()):
+        return []  # ResNet's first layer is of another sort than the others
     return [] if any(owner in known or owner.rpartition(".")[0] not in known for owner in owners) else owners
 
 
@@ -210,8 +240,12 @@ def _mistake(before: nn.Module, after: nn.Module, stack: Stack, keep: list[int],
 
 
 def unlike(old: nn.Module, new: nn.Module, index: int, number: int) -> str:
-    """The first way in which a kept layer is not what the config describes at its new place."""
+    """The first way in which a kept layer is not what the config describes at its new place. Lists follow the config's."""
     for name, key, before, after in differences(old, new):
+        if type(before) is type(after) and isinstance(before, list | set | dict):
+            continue
+        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after, rel_tol=1e-12):
+            continue
         if not _is_index(key, before, after, index, number):
             return f"{'.'.join(part for part in (name, key) if part)} is {before!r} and would be {after!r}"
     mine, theirs = shapes(old), shapes(new)
@@ -227,13 +261,18 @@ def _outside(model: nn.Module, names: list[str]) -> dict[str, tuple[int, ...]]:
 
 
 def _sliced(before: nn.Module, after: nn.Module, names: list[str], count: int, length: int) -> dict[str, int]:
-    """Tensors that hold the parts of all layers side by side, and along which axis: Gemma 3n's embeddings per layer."""
+    """Tensors that hold the parts of all layers side by side, and along which axis: Gemma 3n's embeddings per layer, ESM's
+    weights of their attention maps."""
     mine, theirs = _outside(before, names), _outside(after, names)
     found = {}
     for name, shape in mine.items():
         other = theirs.get(name, shape)
         unequal = [axis for axis in range(len(shape)) if len(shape) == len(other) and shape[axis] != other[axis]]
-        if "per_layer" in name and len(unequal) == 1 and shape[unequal[0]] * length == other[unequal[0]] * count:
+        if (
+            ("per_layer" in name or "contact_head" in name)
+            and len(unequal) == 1
+            and shape[unequal[0]] * length == other[unequal[0]] * count
+        ):
             found[name] = unequal[0]
     return found
 

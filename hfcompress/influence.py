@@ -61,8 +61,8 @@ def skip(layer: nn.Module) -> RemovableHandle:
 
     def identity(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = _first((*args, *kwargs.values()))
-        if isinstance(output, tuple) and type(output) is tuple:
-            return (given, *output[1:])
+        if type(output) in (list, tuple):
+            return type(output)((given, *output[1:]))
         if isinstance(output, Tensor):
             return given
         raise CompressionError(

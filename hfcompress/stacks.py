@@ -141,7 +141,8 @@ def _are_stages(layers: list[Any]) -> bool:
     """Whether they are of several widths, and each holds layers of its own, as PVTv2's."""
     shapes = [[tuple(tensor.shape) for tensor in layer.parameters()] for layer in layers]
     return any(shape != shapes[0] for shape in shapes) and all(
-        any(all(_is_called_layer(part) for part in inner) for _, inner in lists(layer)) for layer in layers
+        _is_modern(layer) and any(all(_is_called_layer(part) for part in inner) for _, inner in lists(layer))
+        for layer in layers
     )
 
 
