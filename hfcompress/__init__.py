@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from hfcompress.methods import Cast as Cast
     from hfcompress.methods import Distill as Distill
     from hfcompress.methods import LowRank as LowRank
+    from hfcompress.methods import PruneExperts as PruneExperts
     from hfcompress.methods import PruneHeads as PruneHeads
+    from hfcompress.methods import PruneLayers as PruneLayers
     from hfcompress.methods import PruneNeurons as PruneNeurons
     from hfcompress.methods import PruneWeights as PruneWeights
     from hfcompress.methods import Quantize as Quantize
@@ -47,6 +49,8 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "Distill",
     "PruneHeads",
     "PruneNeurons",
+    "PruneLayers",
+    "PruneExperts",
     "PruneWeights",
     "LowRank",
     "Adapters",

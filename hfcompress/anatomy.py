@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hfcompress.layers import kind_of
 
@@ -129,43 +128,11 @@ _SAID = {
 }
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Layers that run one after another: an `nn.ModuleList` of transformers' own layer class, in any architecture."""
-
-    name: str
-    count: int
-
-    @property
-    def side(self) -> str | None:
-        """The first of "encoder" and "decoder" in its name, or None: "decoder.bert.encoder.layer" is a decoder's."""
-        return next((part for part in self.name.split(".") if part in ("encoder", "decoder")), None)
-
-
 def base_of(model: nn.Module) -> tuple[str, nn.Module]:
     """(the prefix of the base model's names, the base model): ("bert.", BertModel) of a classifier, ("", itself) of a base."""
     prefix = getattr(model, "base_model_prefix", "")
     inner = getattr(model, prefix, None) if prefix else None
     return (f"{prefix}.", inner) if isinstance(inner, nn.Module) else ("", model)
-
-
-def layer_stacks(model: nn.Module) -> list[Stack]:
-    """Every stack of layers, of architectures known by name or not; empty where one layer serves many times, as in ALBERT.
-
-    A layer that holds no matrix (the convolutions before a speech encoder) is no layer of this kind.
-    """
-    stacks: list[Stack] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{stack.name}.") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_is_layer, module)):
-            stacks.append(Stack(name, len(module)))
-    return stacks
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, GradientCheckpointingLayer) and any(
-        isinstance(part, nn.Linear) or kind_of(part) is not None for part in module.modules()
-    )
 
 
 def body_linears(model: Any) -> list[str]:

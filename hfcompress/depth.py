@@ -6,90 +6,165 @@ What has to follow is not known by name: two models on the meta device, as the c
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hfcompress.anatomy import layer_stacks
+from hfcompress.blanks import Counter, counters, differences, follow, reloaded, shapes
 from hfcompress.errors import CompressionError
-from hfcompress.layers import blank
+from hfcompress.stacks import Stack, layer_stacks, lists
+
+# How often a list with an entry a layer is looked for: among fields named so, among all, nowhere.
+_MARKS = (("layer", "block"), ("",), ())
+# Fields that count a part of the layers, the first so many or the last, are tried in at most so many ways.
+_TRIES = 24
 
 
-def keep_layers(model: Any, stack: str, keep: list[int]) -> None:
-    """Keep these layers (ascending indices) of the stack of this name, in place; whoever counts layers is told.
+def keep_layers(model: Any, cuts: Mapping[str, list[int]], asked: str) -> None:
+    """Keep of each stack named the layers listed (ascending indices), in place; whoever counts layers is told.
 
-    The result is what its config describes. CompressionError, and no change, where the config can't tell these layers.
+    The result is what its config describes. CompressionError, signed by who asked, where the config can't tell these layers.
     """
-    before = blank(model)
-    after = _described(model, before, stack, keep)
-    old: Any = before.get_submodule(stack)
-    new: Any = after.get_submodule(stack)
-    layers = model.get_submodule(stack)
-    carried = _only_in_the_first(old, new, keep)
-    for number, index in enumerate(keep):
-        if number or not carried:
-            _check_alike(old[index], new[number], index, number, stack)
-    _check_rest(before, after, stack)
-    for name in carried:  # before the list changes: the layer that owns it is about to go
-        parent, _, leaf = name.rpartition(".")
-        layers[keep[0]].get_submodule(parent).add_module(leaf, layers[0].get_submodule(name))
-    model.set_submodule(stack, nn.ModuleList([layers[index] for index in keep]).train(layers.training))
-    for number, index in enumerate(keep):
-        _follow(model.get_submodule(f"{stack}.{number}"), old[index], new[number])
-    _follow(model, before, after)
+    left = dict(cuts)
+    while left:
+        name = next(iter(left))
+        keep = left.pop(name)
+        along = {other for other, same in left.items() if same == keep}
+        for done in _keep(model, name, keep, along, asked):
+            left.pop(done, None)
 
 
-def _described(model: Any, before: nn.Module, stack: str, keep: list[int]) -> nn.Module:
+def _keep(model: Any, name: str, keep: list[int], along: Collection[str], asked: str) -> list[str]:
+    """Cut one stack, and the lists that have an entry for each of its layers; their names are returned."""
+    before = reloaded(model, model.config)
+    stack = next(one for one in layer_stacks(before) if one.name == name)
+    if stack.repeats:
+        _use_less(model, stack, keep, asked)
+        return []
+    after, others = _described(model, before, stack, keep, along, asked)
+    layers, old = model.get_submodule(name), before.get_submodule(name)
+    for part in _only_in_the_first(old, after.get_submodule(name), keep):
+        parent, _, leaf = part.rpartition(".")  # before the list changes: the layer that owns it is about to go
+        layers[keep[0]].get_submodule(parent).add_module(leaf, layers[0].get_submodule(part))
+    for tensor, axis in _sliced(before, after, [name, *others], stack.count, len(keep)).items():
+        _slice(model, tensor, axis, keep, stack.count)
+    for one in (name, *others):
+        held, new = before.get_submodule(one), after.get_submodule(one)
+        stood: Any = model.get_submodule(one)
+        for index in reversed(range(stack.count)):
+            if index not in keep:
+                del stood[index]
+        for number, index in enumerate(keep):
+            if isinstance(stood[number], nn.Module):
+                follow(stood[number], held[index], new[number])  # type: ignore[index]
+    follow(model, before, after)
+    return others
+
+
+def _described(
+    model: Any, before: nn.Module, stack: Stack, keep: list[int], along: Collection[str], asked: str
+) -> tuple[nn.Module, list[str]]:
     """The blank model whose config tells that the stack has these layers and every other stack has its own."""
-    lengths = {one.name: one.count for one in layer_stacks(before)}
-    for path, key in _candidates(model.config, lengths[stack]):
-        for marks in (("layer", "block"), ("",)):
-            config = copy.deepcopy(model.config)
-            part = config
-            for step in path:
-                part = getattr(part, step)
-            try:
-                _shorten(part, key, keep, lengths[stack], marks)
-                after = blank(model, config)
-            except Exception:  # a field of another meaning: the config's own checks, or the model's, refuse the number
-                continue
-            if {one.name: one.count for one in layer_stacks(after)} == {**lengths, stack: len(keep)}:
-                return after
-    raise CompressionError(
-        f"student: no field of {type(model.config).__name__} counts the layers of {stack} alone, so {len(keep)} of its "
-        f"{lengths[stack]} layers can't be told; possible are stacks with a count of their own; name one as stack."
+    mistake = (
+        f"no field of {type(model.config).__name__} counts the layers of {stack.name} alone, so {len(keep)} of its "
+        f"{stack.count} layers can't be told; possible are stacks with a count of their own; name one as stack."
     )
+    best = 0
+    for after, others in shortened(model, before, stack, keep, along):
+        told, rank = _mistake(before, after, stack, keep, others)
+        if not told:
+            return after, others
+        if rank > best:
+            mistake, best = told, rank
+    raise CompressionError(f"{asked}: {mistake}")
 
 
-def _candidates(config: Any, count: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of sub-configs, field) of every integer equal to the count; fields named after layers first."""
-    found = []
-    for path, part in _parts(config):
-        found += [(path, key) for key, value in vars(part).items() if type(value) is int and value == count]
-    yield from sorted(found, key=lambda one: "layer" not in one[1])
+def shortened(
+    model: Any, before: nn.Module, stack: Stack, keep: list[int], along: Collection[str] = ()
+) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Every blank model with so many layers in the stack that comes of telling the config so, in all ways it may be told,
+    and the lists that have become shorter like it. Fields that count a part of the layers are tried last."""
+    seen: set[str] = set()
+    fitting, failing = [], []
+    for counter, marks in itertools.product(counters(model.config, stack.count, "layer"), _MARKS):
+        after = _told(model, counter, marks, {}, stack.count, keep, seen)
+        others = None if after is None else _others(before, after, stack, len(keep), along)
+        if after is None:
+            failing.append((counter, marks))
+        elif others is not None:
+            fitting.append((counter, marks))
+            yield after, others
+    found = {counter for counter, _ in fitting}
+    for counter, marks in [*fitting, *(one for one in failing if not found or one[0] in found)]:
+        for partial in _partial(counter.part(model.config), counter, keep, stack.count):
+            after = _told(model, counter, marks, partial, stack.count, keep, seen)
+            others = None if after is None else _others(before, after, stack, len(keep), along)
+            if after is not None and others is not None:
+                yield after, others
 
 
-def _parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    yield path, config
+def _told(
+    model: Any, counter: Counter, marks: tuple[str, ...], partial: dict[str, Any], count: int, keep: list[int], seen: set[str]
+) -> nn.Module | None:
+    """The blank model of a config that is told so, or None if it has been seen or can't be built."""
+    config = copy.deepcopy(model.config)
+    part: Any = counter.part(config)
+    try:
+        counter.put(config, len(keep))
+        _shorten(part, counter, keep, count, marks)
+        for key, value in partial.items():
+            setattr(part, key, value)
+        told = config.to_json_string()
+        if told in seen:
+            return None
+        seen.add(told)
+        return reloaded(model, config)
+    except Exception:  # a field of another meaning: the config's own checks, or the model's, refuse the number
+        return None
+
+
+def _partial(config: Any, counter: Counter, keep: list[int], count: int) -> Iterator[dict[str, Any]]:
+    """Values of fields that may count the first layers (DeepSeek's dense ones) or the last (Gemma 3n's, which share keys)."""
+    choices: dict[str, list[int]] = {}
     for key, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from _parts(value, (*path, key))
+        if type(value) is int and 0 < value <= count and key != counter.key and any(
+            word in key for word in ("layer", "dense", "first", "last", "shared", "num_blocks")
+        ):  # fmt: skip
+            first, last = sum(index < value for index in keep), sum(index >= count - value for index in keep)
+            choices[key] = list(dict.fromkeys((value, first, last)))
+    ways = itertools.product(*choices.values())
+    for way in itertools.islice(ways, 1, _TRIES):
+        yield dict(zip(choices, way, strict=True))
+    for key, value in vars(config).items():
+        if isinstance(value, float) and "scale" in key:  # MiniCPM3 divides it by the root of the number of layers
+            yield {key: value * math.sqrt(len(keep) / count)}
 
 
-def _shorten(config: Any, key: str, keep: list[int], count: int, marks: tuple[str, ...]) -> None:
-    """Set the count, and shorten lists with an entry a layer whose names hold one of the marks.
+def _shorten(config: Any, counter: Counter, keep: list[int], count: int, marks: tuple[str, ...]) -> None:
+    """Shorten lists with an entry a layer whose names hold one of the marks.
 
     By name first: a list may be as long as the stack by chance (special tokens, kernel sizes). Longformer's attention_window
     is found at the second try, as its model is not built without.
     """
-    setattr(config, key, len(keep))
+    spec = vars(config).pop("_heterogeneity_spec", None)  # it forbids to read the fields in which single layers differ
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and any(mark in name for mark in marks):
+        if name != counter.key and isinstance(value, list | tuple) and any(mark in name for mark in marks):
             setattr(config, name, type(value)(_entries(list(value), keep, count)))
+        if isinstance(value, str) and len(value) == count and "pattern" in name:  # a letter a layer
+            setattr(config, name, "".join(value[index] for index in keep))
+        elif name == "attention_types":  # GPT-Neo: [[["global", "local"], 12]], from which it makes attention_layers
+            sorts = [sort for pattern, times in value for _ in range(times) for sort in pattern]
+            setattr(config, name, [[[sorts[index]], 1] for index in keep] if len(sorts) == count else value)
     if getattr(config, "max_window_layers", None) is not None:  # Qwen: how many layers see everything
         config.max_window_layers = min(config.max_window_layers, len(keep))
+    if spec is not None:
+        own = spec.per_layer_overrides
+        config.per_layer_config = {number: copy.deepcopy(own[index]) for number, index in enumerate(keep) if index in own}
 
 
 def _entries(values: list[Any], keep: list[int], count: int) -> list[Any]:
@@ -101,40 +176,25 @@ def _entries(values: list[Any], keep: list[int], count: int) -> list[Any]:
     return values
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+def _others(before: nn.Module, after: nn.Module, stack: Stack, length: int, along: Collection[str]) -> list[str] | None:
+    """Lists that have an entry for each layer of the stack, if these are all that else got shorter; None if they are not."""
+    stacks = {one.name for one in layer_stacks(before)} - {stack.name}
+    mine, theirs = (
+        {name: len(one) for name, one in lists(model) if not name.startswith(f"{stack.name}.")} for model in (before, after)
+    )
+    if theirs.get(stack.name) != length:
+        return None
+    others = [name for name in mine if name != stack.name and theirs.get(name, 0) != mine[name]]
+    inside = tuple(f"{name}." for name in others)
+    others = [name for name in others if not name.startswith(inside)]
+    fits = all(mine[name] == stack.count and theirs.get(name) == length for name in others)
+    return others if fits and not (stacks & set(others)) - set(along) else None
 
 
-def plain(module: nn.Module) -> dict[str, Any]:
-    """What a module's forward may read beside tensors: numbers, flags, names. Dropout may differ from layer to layer."""
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | tuple) and not key.startswith("_") and "drop" not in key
-        if key != "training" and not (key == "p" and "Drop" in type(module).__name__)
-    }
-
-
-def _differences(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, str, Any, Any]]:
-    """(module, attribute, old value, new value) wherever two blank modules are not the same."""
-    others = dict(new.named_modules())
-    for name, module in old.named_modules():
-        if name not in others:
-            yield name, "", type(module).__name__, "nothing"
-        elif type(module).__name__ != type(others[name]).__name__:
-            yield name, "", type(module).__name__, type(others[name]).__name__
-        else:
-            mine, theirs = plain(module), plain(others[name])
-            yield from (
-                (name, key, mine.get(key), theirs.get(key))
-                for key in {**mine, **theirs}
-                if mine.get(key) != theirs.get(key) or type(mine.get(key)) is not type(theirs.get(key))
-            )
-
-
-def _is_index(before: Any, after: Any, index: int, number: int) -> bool:
-    """Whether a value counts the layers: it moves as the layer does (layer_idx, for caches)."""
-    return type(before) is int and type(after) is int and before - index == after - number
+def _is_index(key: str, before: Any, after: Any, index: int, number: int) -> bool:
+    """Whether a value counts the layers: it moves as the layer does (layer_idx, for caches), or twice as fast (two each)."""
+    step = before - after if type(before) is int and type(after) is int else 0
+    return step != 0 and (step == index - number or (key == "layer_idx" and step == 2 * (index - number)))
 
 
 def _only_in_the_first(old: Any, new: Any, keep: list[int]) -> list[str]:
@@ -145,54 +205,98 @@ def _only_in_the_first(old: Any, new: Any, keep: list[int]) -> list[str]:
     extra = [name for name in wanted if name not in heir]
     owners = sorted({name.rpartition(".")[0] for name in extra})
     known = {name for name, _ in old[keep[0]].named_modules()}
-    if not extra or wanted != first or any(name not in wanted for name in heir):
+    kinds = {name: type(one) for name, one in new[0].named_modules()}
+    if not extra or wanted != first or any(wanted.get(name) != shape for name, shape in heir.items()):
         return []
+    if any(kinds.get(name) is not type(one) for name, one in old[keep[0]].named_modules()):
+        return []  # ResNet's first layer is of another sort than the others
     return [] if any(owner in known or owner.rpartition(".")[0] not in known for owner in owners) else owners
 
 
-def _check_alike(old: nn.Module, new: nn.Module, index: int, number: int, stack: str) -> None:
-    """A kept layer must be what the config describes at its new place."""
-    told = [
-        f"{'.'.join(part for part in (name, key) if part)} is {before!r} and would be {after!r}"
-        for name, key, before, after in _differences(old, new)
-        if not _is_index(before, after, index, number)
-    ]
+def _mistake(before: nn.Module, after: nn.Module, stack: Stack, keep: list[int], others: list[str]) -> tuple[str, int]:
+    """Why the described model is not the one whose other layers were skipped, or nothing; and how close it came."""
+    for name in (stack.name, *others):
+        old: Any = before.get_submodule(name)
+        new: Any = after.get_submodule(name)
+        carried = name == stack.name and _only_in_the_first(old, new, keep)
+        for number, index in enumerate(keep):
+            if (number or not carried) and isinstance(old[index], nn.Module):
+                told = unlike(old[index], new[number], index, number)
+                if told:
+                    return (
+                        f"layer {index} of {name} can't become layer {number}, where the config describes another sort of "
+                        f"layer ({told}); possible are layers that keep the order of sorts; "
+                        + ("keep layer 0." if not number else f"keep a layer of the sort of layer {number} there.")
+                    ), 1 + number
+    mine, theirs = (_outside(one, [stack.name, *others]) for one in (before, after))
+    sliced = _sliced(before, after, [stack.name, *others], stack.count, len(keep))
+    for name in {**mine, **theirs}:
+        if mine.get(name) != theirs.get(name) and name not in sliced:
+            return (
+                f"fewer layers of {stack.name} would give {name} the shape {theirs.get(name)} instead of {mine.get(name)}, "
+                f"and it serves all layers together; possible are models without such a part; leave the layers as they are."
+            ), 1 + len(keep)
+    return "", 0
+
+
+def unlike(old: nn.Module, new: nn.Module, index: int, number: int) -> str:
+    """The first way in which a kept layer is not what the config describes at its new place. Lists follow the config's."""
+    for name, key, before, after in differences(old, new):
+        if type(before) is type(after) and isinstance(before, list | set | dict):
+            continue
+        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after, rel_tol=1e-12):
+            continue
+        if not _is_index(key, before, after, index, number):
+            return f"{'.'.join(part for part in (name, key) if part)} is {before!r} and would be {after!r}"
     mine, theirs = shapes(old), shapes(new)
-    told += [f"{name} is {mine.get(name)} and would be {theirs.get(name)}" for name in {**mine, **theirs}
-             if mine.get(name) != theirs.get(name)]  # fmt: skip
-    if told:
-        raise CompressionError(
-            f"student: layer {index} of {stack} can't become layer {number}, where the config describes another sort of layer "
-            f"({told[0]}); possible are layers that keep the order of sorts; " + ("keep layer 0." if not number else
-            f"keep a layer of the sort of layer {number} there.")
-        )  # fmt: skip
-
-
-def _check_rest(before: nn.Module, after: nn.Module, stack: str) -> None:
-    mine, theirs = ({k: v for k, v in shapes(one).items() if not k.startswith(f"{stack}.")} for one in (before, after))
     for name in {**mine, **theirs}:
         if mine.get(name) != theirs.get(name):
-            raise CompressionError(
-                f"student: fewer layers of {stack} would give {name} the shape {theirs.get(name)} instead of {mine.get(name)}, "
-                f"and it serves all layers together; possible are models without such a part; leave the layers as they are."
-            )
+            return f"{name} is {mine.get(name)} and would be {theirs.get(name)}"
+    return ""
 
 
-def _follow(module: nn.Module, before: nn.Module, after: nn.Module) -> None:
-    """Set whatever the two blanks disagree on, attributes and configs, in the module that went from one to the other."""
-    mine, others = dict(module.named_modules()), dict(after.named_modules())
-    for name, key, _, value in _differences(before, after):
-        if key and name in mine and hasattr(mine[name], key):
-            setattr(mine[name], key, value)
-    for name, old in before.named_modules():
-        configs = [getattr(one, "config", None) for one in (mine.get(name), old, others.get(name))]
-        if all(isinstance(config, PreTrainedConfig) for config in configs):  # T5 gives each stack a copy of its own
-            _follow_config(*configs)
+def _outside(model: nn.Module, names: list[str]) -> dict[str, tuple[int, ...]]:
+    inside = tuple(f"{name}." for name in names)
+    return {name: shape for name, shape in shapes(model).items() if not name.startswith(inside)}
 
 
-def _follow_config(config: Any, before: Any, after: Any) -> None:
-    for key, value in vars(after).items():
-        if isinstance(value, PreTrainedConfig):
-            _follow_config(getattr(config, key), getattr(before, key), value)
-        elif getattr(before, key, None) != value:
-            setattr(config, key, copy.deepcopy(value))
+def _sliced(before: nn.Module, after: nn.Module, names: list[str], count: int, length: int) -> dict[str, int]:
+    """Tensors that hold the parts of all layers side by side, and along which axis: Gemma 3n's embeddings per layer, ESM's
+    weights of their attention maps."""
+    mine, theirs = _outside(before, names), _outside(after, names)
+    found = {}
+    for name, shape in mine.items():
+        other = theirs.get(name, shape)
+        unequal = [axis for axis in range(len(shape)) if len(shape) == len(other) and shape[axis] != other[axis]]
+        if (
+            ("per_layer" in name or "contact_head" in name)
+            and len(unequal) == 1
+            and shape[unequal[0]] * length == other[unequal[0]] * count
+        ):
+            found[name] = unequal[0]
+    return found
+
+
+def _slice(model: nn.Module, name: str, axis: int, keep: list[int], count: int) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    kept = old.detach().unflatten(axis, (count, -1)).index_select(axis, torch.tensor(keep, device=old.device))
+    new = kept.flatten(axis, axis + 1).contiguous()
+    setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _use_less(model: Any, stack: Stack, keep: list[int], asked: str) -> None:
+    """One layer used fewer times: the config alone tells it. Groups of layers take turns in the order they did."""
+    groups, count = model.config.num_hidden_groups, stack.count
+    turns = [index * groups // count for index in keep]
+    now = [number * groups // len(keep) for number in range(len(keep))]
+    if turns != now:
+        raise CompressionError(
+            f"{asked}: layers {keep} of {stack.name} are of the groups {turns}, and the config describes {now}; possible are "
+            f"as many of each group; choose others."
+        )
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config.num_hidden_layers = len(keep)

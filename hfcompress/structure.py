@@ -239,6 +239,8 @@ def _check_whole(model: nn.Module, blank: nn.Module) -> None:
 def _config_changes(model: nn.Module, edits: Structure) -> Iterator[dict[str, int]]:
     """Changes of plain config fields that may explain the edits: an even feed-forward width, an even head count."""
     config: Any = model.config
+    if not edits:
+        return
     sizes = sorted({value for edit in edits.values() for key in ("in_features", "out_features") if (value := edit.get(key))})
     for field in _WIDTHS:
         if _field(config, field) is not None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.anatomy import Units, layer_stacks
-from hfcompress.depth import plain, shapes
+from hfcompress.anatomy import Units
+from hfcompress.blanks import plain, shapes
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.layers import blank
 from hfcompress.proof import KINDS, units_of
 from hfcompress.scores import magnitude
+from hfcompress.stacks import layer_stacks
 from hfcompress.surgery import become
 
 Index = dict[tuple[str, int], Tensor]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from hfcompress.anatomy import Units, body_linears, layer_stacks
+from hfcompress.anatomy import Units, body_linears
 from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
 from hfcompress.layers import is_low_bit, quiet_casts
@@ -41,6 +41,7 @@ from hfcompress.methods import LowRank, Quantize
 from hfcompress.methods.low_rank import _as_layer
 from hfcompress.miniature import example, miniature
 from hfcompress.proof import proven, shaped, units_of
+from hfcompress.stacks import layer_stacks
 from hfcompress.structure import describe
 from hfcompress.surgery import cut, gate, swap
 

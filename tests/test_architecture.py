@@ -36,8 +36,13 @@ ALLOWED = {
     "scaling": "errors counts layers anatomy",
     "proof": "errors counts layers structure anatomy surgery miniature examples reader scaling",
     "scores": "errors layers anatomy surgery processes",
-    "depth": "errors layers anatomy",
-    "width": "errors layers anatomy surgery proof scores depth",
+    "stacks": "errors layers",
+    "blanks": "layers",
+    "depth": "errors layers stacks blanks",
+    "choosing": "errors layers stacks blanks depth",
+    "influence": "errors stacks processes",
+    "experts": "errors blanks",
+    "width": "errors layers anatomy stacks blanks surgery proof scores",
     "architecture": "errors",
     "losses": "",
     "processes": "",
@@ -47,7 +52,7 @@ ALLOWED = {
     "teachers": "errors layers surgery",
     "fused": "lesson",
     "distilling": "errors layers anatomy proof fused lesson signals teachers terms",
-    "methods": "errors layers anatomy surgery proof scores depth width architecture teachers terms distilling methods.base methods.units",
+    "methods": "errors layers anatomy stacks surgery proof scores depth choosing influence experts width architecture teachers terms distilling methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
     "checkpoints": "errors data",
@@ -192,7 +197,7 @@ def test_no_print_no_pickle_no_remote_code() -> None:
 
 
 def test_the_root_has_few_names() -> None:
-    assert len(hfcompress.__all__) <= 18
+    assert len(hfcompress.__all__) <= 24
     for name in hfcompress.__all__:
         assert getattr(hfcompress, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'Sesion'"):

@@ -24,7 +24,9 @@ from hfcompress.methods import (
     Distill,
     LowRank,
     Method,
+    PruneExperts,
     PruneHeads,
+    PruneLayers,
     PruneNeurons,
     PruneWeights,
     Quantize,
@@ -41,6 +43,17 @@ KINDS = (*ENCODERS, *DECODERS)
 METHOD_ROWS: dict[str, list[Method]] = {
     "prune_heads": [PruneHeads(0.5), PruneHeads(0.5, scores="magnitude", ranking="global")],
     "prune_neurons": [PruneNeurons(0.4), PruneNeurons(0.4, ranking="global", round_to=1)],
+    "prune_experts": [
+        PruneExperts(0.5),
+        PruneExperts(number=2, scores="magnitude"),
+        PruneExperts(0.25, scores="random", seed=1),
+    ],
+    "prune_layers": [
+        PruneLayers(0.5),
+        PruneLayers(number=1, scores="angular"),
+        PruneLayers(number=1, scores="loss", samples=8),
+        PruneLayers(layers=[1]),
+    ],
     "prune_weights": [PruneWeights(0.6)],
     "low_rank": [LowRank(ratio=0.5), LowRank(rank=4), LowRank(energy=0.6)],
     "quantize": [
@@ -62,8 +75,13 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Distill(["me/one", "me/two"], terms=["task", {"kl": 0.5}, {"hidden_mse": {"layers": {0: 1}, "embeddings": True}}]),
     ],
 }
-# What needs training does nothing alone: its laws are tests of their own.
-ROWS = [method for methods in METHOD_ROWS.values() for method in methods if not method.needs_training]
+# What needs training does nothing alone, and the models here have no experts: their laws are tests of their own.
+ROWS = [
+    method
+    for methods in METHOD_ROWS.values()
+    for method in methods
+    if not method.needs_training and not isinstance(method, PruneExperts)
+]
 
 
 def stacked(model: nn.Module, kind: str) -> None:

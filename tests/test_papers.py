@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from hfcompress import Distill, Student, Train, riding
-from hfcompress.anatomy import layer_stacks
 from hfcompress.recipe import Recipe, shipped_recipes
+from hfcompress.stacks import layer_stacks
 from tests.lessons import VOCAB, batch, pupil
 from tests.tiny import TOPICS, tiny_checkpoint, tiny_model, tiny_texts
 

@@ -18,13 +18,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hfcompress.anatomy import layer_stacks
 from hfcompress.errors import CompressionError
 from hfcompress.methods import Distill, PruneHeads, Student, riding
 from hfcompress.plugin import CompressionCallback
 from hfcompress.proof import units_of
 from hfcompress.recipe import Recipe
 from hfcompress.scores import magnitude
+from hfcompress.stacks import layer_stacks
 from hfcompress.structure import diff
 from hfcompress.surgery import become, cut
 from tests.tiny import tiny_model
@@ -125,11 +125,14 @@ ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
 GENERATING = ("gpt2", "gpt_neox", "opt", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "t5", "bart", "marian", "whisper")
 
 
-ALBERT = ("AlbertForSequenceClassification", "AlbertConfig", {**SIZES, "embedding_size": 8})
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "albert": ("AlbertForSequenceClassification", "AlbertConfig", {**SIZES, "embedding_size": 8}),
+    "mobilenet": ("MobileNetV2ForImageClassification", "MobileNetV2Config", {"image_size": 16, "depth_multiplier": 0.2}),
+}
 
 
 def made(kind: str, **more: Any) -> Any:
-    model_class, config_class, sizes = ALBERT if kind == "albert" else ZOO[kind]
+    model_class, config_class, sizes = {**ZOO, **OTHERS}[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**sizes, **more}))
@@ -148,7 +151,7 @@ def inputs(model: Any) -> dict[str, torch.Tensor]:
         "whisper": {"input_features": torch.randn(2, 8, 40, generator=random), "decoder_input_ids": ids},
         "wav2vec2": {"input_values": torch.randn(2, 400, generator=random)},
         "siglip": {"input_ids": ids, "pixel_values": pixels},
-        **{key: {"pixel_values": pixels} for key in ("vit", "deit", "clip_vision_model")},
+        **{key: {"pixel_values": pixels} for key in ("vit", "deit", "clip_vision_model", "mobilenet_v2")},
     }
     if kind in given:
         return given[kind]
@@ -532,9 +535,9 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "student: stack 'decodr' is none of BartForConditionalGeneration's; possible are all, encoder, model.encoder.layers, decoder, model.decoder.layers.",
     ),
     (
-        "albert",
+        "mobilenet",
         {"number": 2},
-        "student: AlbertForSequenceClassification has no stack of layers to choose from (ALBERT uses one layer many times, some older models have no layer class); possible are config and architecture.",
+        "student: MobileNetV2ForImageClassification has no stack of layers to choose from; possible are models whose layers stand in a list; leave its layers as they are.",
     ),
     (
         "modernbert",

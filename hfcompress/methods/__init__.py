@@ -5,7 +5,9 @@ from hfcompress.methods.base import Method, Step, riding
 from hfcompress.methods.cast import Cast
 from hfcompress.methods.distill import Distill
 from hfcompress.methods.low_rank import LowRank
+from hfcompress.methods.prune_experts import PruneExperts
 from hfcompress.methods.prune_heads import PruneHeads
+from hfcompress.methods.prune_layers import PruneLayers
 from hfcompress.methods.prune_neurons import PruneNeurons
 from hfcompress.methods.prune_weights import PruneWeights
 from hfcompress.methods.quantize import Quantize
@@ -17,6 +19,8 @@ METHODS: dict[str, type[Method]] = {
         Distill,
         PruneHeads,
         PruneNeurons,
+        PruneLayers,
+        PruneExperts,
         PruneWeights,
         LowRank,
         Adapters,

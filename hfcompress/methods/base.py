@@ -95,6 +95,10 @@ class Batches:
     ) -> None:
         self._loader, self.original, self.processor, self.is_resumed = loader, original, processor, is_resumed
 
+    @property
+    def has_data(self) -> bool:
+        return self._loader is not None
+
     def batches(self, model: nn.Module, samples: int | None, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
         """About `samples` examples by chance, or every one in its order for None, on the model's device."""
         if self._loader is None:
@@ -117,6 +121,19 @@ class Batches:
             collate_fn=self._loader.collate_fn,
             generator=torch.Generator().manual_seed(seed or 0),
         )
+
+
+def calibration(model: nn.Module, task: Any, samples: int, who: str, instead: str) -> Callable[[], Iterator[dict[str, Tensor]]]:
+    """A function that gives the same batches at every call. `who` needs them, and what to choose instead if there are none."""
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        if task is None or (isinstance(task, Batches) and not task.has_data):
+            raise CompressionError(
+                f"{who} needs calibration data; give a task or batches with labels, or choose scores: {instead}."
+            )
+        yield from task.batches(model, samples)
+
+    return batches
 
 
 def with_original(model: nn.Module, methods: Iterable[Method], task: Any) -> Any:

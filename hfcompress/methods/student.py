@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import nn
 
-from hfcompress.anatomy import Stack, layer_stacks
 from hfcompress.architecture import from_scratch
+from hfcompress.choosing import rehearse
 from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
-from hfcompress.layers import blank
 from hfcompress.methods.base import Method, Tick
+from hfcompress.stacks import Stack, chosen, named_stacks, spread
 from hfcompress.surgery import become, check_no_adapter
 from hfcompress.width import narrow
 
@@ -69,56 +69,26 @@ class Student(Method):
         if self.architecture is not None:
             become(model, from_scratch(model, self.architecture, self.seed))
         cuts = self._cuts(model)
-        if cuts:  # what can't be done is refused before the first layer goes
-            rehearsal = blank(model)
-            for name, keep in cuts.items():
-                keep_layers(rehearsal, name, keep)
+        rehearse(model, cuts, self.key())  # what can't be done is refused before the first layer goes
         if self.config is not None:
             narrow(model, self.config)
-        for name, keep in cuts.items():
-            keep_layers(model, name, keep)
+        keep_layers(model, cuts, self.key())
         yield None
 
     def _cuts(self, model: nn.Module) -> dict[str, list[int]]:
         """A stack's name -> the layers to keep, of every stack that loses any."""
         if self.every is None and self.layers is None and self.number is None:
             return {}
-        stacks = self._stacks(model)
+        stacks = named_stacks(model, self.stack, self.key())
         cuts = {stack.name: self._kept(stack) for stack in stacks}
         fewer = {stack.name: cuts[stack.name] for stack in stacks if len(cuts[stack.name]) < stack.count}
         if not fewer:
-            raise CompressionError(f"{self} keeps every layer of {' and of '.join(map(_told, stacks))}; keep fewer.")
+            raise CompressionError(f"{self} keeps every layer of {' and of '.join(map(str, stacks))}; keep fewer.")
         return fewer
 
-    def _stacks(self, model: nn.Module) -> list[Stack]:
-        stacks = layer_stacks(model)
-        if not stacks:
-            raise CompressionError(
-                f"student: {type(model).__name__} has no stack of layers to choose from (ALBERT uses one layer many times, "
-                f"some older models have no layer class); possible are config and architecture."
-            )
-        meant = [one for one in stacks if self.stack in ("all", one.side, one.name)]
-        if not meant:
-            raise CompressionError(
-                f"student: stack {self.stack!r} is none of {type(model).__name__}'s; possible are all, "
-                f"{', '.join(dict.fromkeys(name for one in stacks for name in (one.side, one.name) if name))}."
-            )
-        return meant
-
     def _kept(self, stack: Stack) -> list[int]:
-        """Ascending indices; `number` rounds halves up: 12 layers to 6 keep 0, 2, 4, 7, 9, 11."""
-        last = stack.count - 1
         if self.every:
             return list(range(0, stack.count, self.every))
         if self.layers is not None:
-            if self.layers[0] < 0 or self.layers[-1] > last:
-                raise CompressionError(f"student: layers {self.layers} of {_told(stack)}; possible are 0 to {last}.")
-            return self.layers
-        number = self.number or 1
-        if number > stack.count:
-            raise CompressionError(f"student: number {number} of {_told(stack)}; possible are 1 to {stack.count}.")
-        return [(2 * i * last + number - 1) // (2 * (number - 1)) for i in range(number)] if number > 1 else [0]
-
-
-def _told(stack: Stack) -> str:
-    return f"{stack.name}, which has {stack.count}"
+            return chosen(stack, self.layers, self.key())
+        return spread(stack, self.number or 1, self.key())

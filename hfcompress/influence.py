@@ -1,0 +1,157 @@
+"""How much a layer does: what it changes in the hidden states, and what the loss would be without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hfcompress.errors import CompressionError
+from hfcompress.processes import processes
+from hfcompress.stacks import Stack
+
+Batches = Callable[[], Iterable[dict[str, Tensor]]]
+
+
+def block_influence(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Tensor:
+    """1 minus the mean cosine of a layer's input and output, over tokens that are no padding. (count,).
+
+    Men et al. 2024, ShortGPT (arXiv 2403.03853), equation 1.
+    """
+    return 1 - _cosines(model, stack, batches, asked)[torch.arange(stack.count), torch.arange(1, stack.count + 1)]
+
+
+def angular(model: nn.Module, stack: Stack, batches: Batches, size: int, asked: str) -> Tensor:
+    """Angular distance, 0..1, between the input of each block of `size` layers and its output. (count - size + 1,).
+
+    Gromov et al. 2024 (arXiv 2403.17887), equation 6, with the mean over all tokens for their last one: encoders have no last.
+    """
+    starts = torch.arange(stack.count - size + 1)
+    return _cosines(model, stack, batches, asked)[starts, starts + size].clamp(-1, 1).acos() / torch.pi
+
+
+def loss_without(model: nn.Module, stack: Stack, batches: Batches, skipped: list[int], asked: str) -> float:
+    """The mean loss over batches with these layers skipped."""
+    total, seen = 0.0, 0
+    handles = [skip(model.get_submodule(stack.name)[index]) for index in skipped]  # type: ignore[index]
+    try:
+        with _looking(model):
+            for batch in batches():
+                loss = model(**batch).loss
+                if loss is None:
+                    raise CompressionError(
+                        f"{asked}: loss needs labels, and the batches hold none; add labels, or choose scores: block_influence."
+                    )
+                total, seen = total + loss.item(), seen + 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise _no_batch(asked)
+    return agreed(torch.tensor(total / seen)).item()
+
+
+def skip(layer: nn.Module) -> RemovableHandle:
+    """Make the identity of a layer: what it is given first is what it returns first, in its own format."""
+
+    def identity(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = _first((*args, *kwargs.values()))
+        if type(output) in (list, tuple):
+            return type(output)((given, *output[1:]))
+        if isinstance(output, Tensor):
+            return given
+        raise CompressionError(
+            f"{type(layer).__name__} returns a {type(output).__name__}, and what it would return if skipped is not known; "
+            f"possible are layers that return a tensor or a tuple; choose scores: position."
+        )
+
+    return layer.register_forward_hook(identity, with_kwargs=True)
+
+
+def agreed(value: Tensor) -> Tensor:
+    """The first process decides: kernels that add in another order must not make two processes cut different layers."""
+    state = processes()
+    return value if state.num_processes == 1 else broadcast(value.to(state.device)).cpu()
+
+
+def token_mask(batch: dict[str, Tensor], tokens: tuple[int, ...], answers: bool = False) -> Tensor | None:
+    """Which of (batch, length) tokens are no padding, if the batch tells it. `answers`: of a decoder beside an encoder."""
+    mask = batch.get("decoder_attention_mask" if answers else "attention_mask")
+    if mask is None and answers and "labels" in batch:
+        mask = batch["labels"] != -100
+    return mask != 0 if mask is not None and tuple(mask.shape) == tokens else None
+
+
+def _cosines(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Tensor:
+    """Mean cosine of the hidden states before layer i and before layer j, over tokens. (count + 1, count + 1)."""
+    totals, seen = torch.zeros(stack.count + 1, stack.count + 1), 0.0
+    layers: Any = model.get_submodule(stack.name)
+    states: dict[int, Tensor] = {}
+
+    def note(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        conv = any(parameter.dim() == 4 for parameter in layer.parameters())
+        for place, state in ((index, _first((*args, *kwargs.values()))), (index + 1, _first(output))):
+            state = state.detach().float()
+            states[place] = state.movedim(1, -1) if conv and state.dim() == 4 else state
+
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, args, kwargs, output, index=index: note(index, layer, args, kwargs, output),  # type: ignore[misc]
+            with_kwargs=True,
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        with _looking(model):
+            for batch in batches():
+                states.clear()
+                model(**batch)
+                if len(states) <= stack.count or len({state.shape for state in states.values()}) > 1:
+                    raise CompressionError(
+                        f"{asked}: the hidden states between the layers of {stack.name} can't be followed; possible are layers "
+                        f"that are called one by one and keep the shape; choose scores: position."
+                    )
+                ordered = [states[place] for place in range(stack.count + 1)]
+                answers = stack.side == "decoder" and bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
+                cosines, count = _mean_cosines(ordered, token_mask(batch, tuple(ordered[0].shape[:2]), answers))
+                totals, seen = totals + cosines, seen + count
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise _no_batch(asked)
+    return agreed(totals / seen)
+
+
+def _mean_cosines(states: list[Tensor], mask: Tensor | None) -> tuple[Tensor, float]:
+    """Sums of cosines over tokens, (layers + 1, layers + 1), and how many tokens there are."""
+    flat = [state.flatten(0, -2) if mask is None or state.dim() != 3 else state[mask] for state in states]
+    units = torch.stack([torch.nn.functional.normalize(state, dim=-1) for state in flat])
+    return torch.einsum("ith,jth->ij", units, units).cpu(), float(units.shape[1])
+
+
+def _first(values: Any) -> Tensor:
+    """The first tensor of a number of values: a layer's hidden states come first, in and out."""
+    if isinstance(values, Tensor):
+        return values
+    return next(value for value in (values.values() if isinstance(values, dict) else values) if isinstance(value, Tensor))
+
+
+@contextmanager
+def _looking(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _no_batch(asked: str) -> CompressionError:
+    return CompressionError(f"{asked}: scores need calibration data, and the task gave no batch; check its data set.")
