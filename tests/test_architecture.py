@@ -31,6 +31,8 @@ ALLOWED = {
     "depth": "errors layers anatomy",
     "width": "errors layers anatomy surgery scores depth",
     "architecture": "errors",
+    "tokens": "errors",
+    "vocabulary": "errors layers depth surgery",
     "losses": "",
     "processes": "",
     "lesson": "errors losses",
@@ -39,11 +41,12 @@ ALLOWED = {
     "teachers": "errors layers surgery",
     "fused": "lesson",
     "distilling": "errors layers anatomy fused lesson signals teachers terms",
-    "methods": "errors layers anatomy surgery scores depth width architecture teachers terms distilling methods.base methods.units",
+    "methods": "errors layers anatomy surgery scores depth width architecture teachers terms distilling data tokens vocabulary "
+    "methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
     "checkpoints": "errors data",
-    "tasks": "errors data checkpoints metrics surgery methods.base tasks.base tasks.texts tasks.labels",
+    "tasks": "errors data checkpoints metrics surgery vocabulary methods.base tasks.base tasks.texts tasks.labels",
     "plugin": "errors structure loading methods.base",
     "train": "errors lesson methods methods.base plugin",
     "recipe": "errors methods methods.base tasks train",
@@ -184,7 +187,7 @@ def test_no_print_no_pickle_no_remote_code() -> None:
 
 
 def test_the_root_has_few_names() -> None:
-    assert len(hfcompress.__all__) <= 18
+    assert len(hfcompress.__all__) <= 24
     for name in hfcompress.__all__:
         assert getattr(hfcompress, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'Sesion'"):

@@ -7,6 +7,7 @@ from hfcompress.methods.distill import Distill
 from hfcompress.methods.low_rank import LowRank
 from hfcompress.methods.prune_heads import PruneHeads
 from hfcompress.methods.prune_neurons import PruneNeurons
+from hfcompress.methods.prune_vocab import PruneVocab
 from hfcompress.methods.prune_weights import PruneWeights
 from hfcompress.methods.quantize import Quantize
 from hfcompress.methods.student import Student
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
         Distill,
         PruneHeads,
         PruneNeurons,
+        PruneVocab,
         PruneWeights,
         LowRank,
         Adapters,

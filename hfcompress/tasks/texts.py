@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,19 @@ from hfcompress.tasks.base import Task
 class TextTask(Task):
     """A task whose examples are tokens: `input_ids` and `attention_mask` at least."""
 
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
+
     text_column: str | None = Field(None, description="the column of the texts; guessed by default")
+
+    def train_tokens(self) -> Iterator[int]:
+        for row in self.train_dataset:
+            for column in self.token_columns:
+                yield from row[column]
+
+    def _asked(self) -> Any:
+        if not self.answers_tokens:
+            return super()._asked()
+        return [[self._as_opened(row[column]).tolist() for column in ("input_ids", "labels")] for row in self.eval_dataset]
 
     def load_processor(self, path: str) -> Any:
         """The tokenizer of a checkpoint, with a pad token."""
