@@ -133,6 +133,8 @@ class Vocabulary:
         for key, value in list(vars(new).items()):
             if key not in ("_tokenizer", "init_kwargs"):
                 vars(new)[key] = _renumbered(key, value, place, self.ids)
+        if hasattr(new, "_wrap_decode_method_backend_tokenizer"):  # CLIP puts a method of its own on the backend
+            new._wrap_decode_method_backend_tokenizer()
         return new
 
     def _cut(self, place: dict[int, int]) -> dict[str, Any]:

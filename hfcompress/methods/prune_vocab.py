@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -80,7 +82,14 @@ class PruneVocab(Method):
         check_same(tokenizer, new, texts)
         keep_tokens(model, keep)
         if hasattr(task, "adopt"):
+            exact = self.corpus is None and counts.keys() <= set(keep)
+            was = _digest(task.train_tokens()) if exact else b""
             task.adopt(new)
+            if exact and _digest(keep[token] for token in task.train_tokens()) != was:
+                raise CompressionError(
+                    "prune_vocab: the smaller tokenizer cuts the training data into other tokens; this is a fault of "
+                    "hfcompress, please report it with the tokenizer."
+                )
         else:
             _become(processor, tokenizer, new)
         log.info("prune_vocab: %d of %d tokens stay", len(keep), total)
@@ -123,6 +132,13 @@ class PruneVocab(Method):
             if counts[index] >= self.min_count and len(found | more) <= most:
                 found |= more
         return found
+
+
+def _digest(tokens: Iterable[int]) -> bytes:
+    told = hashlib.blake2b(digest_size=16)
+    for token in tokens:
+        told.update(token.to_bytes(4, "little"))
+    return told.digest()
 
 
 def _become(processor: Any, tokenizer: Any, new: Any) -> None:

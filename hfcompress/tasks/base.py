@@ -351,6 +351,11 @@ class Task(Fields):
                     "with the original's; give a corpus that holds them, or score something else."
                 )
 
+    def reads_as(self, path: str) -> bool:
+        """Whether a checkpoint's tokenizer has the tokens of the one there is."""
+        one, other = self.processor, self.load_processor(path)
+        return not hasattr(one, "get_vocab") or one.get_vocab() == other.get_vocab()
+
     @property
     def is_adopted(self) -> bool:
         """Whether the tokenizer is another than that of the model the task was opened with."""
@@ -363,4 +368,4 @@ class Task(Fields):
     def _as_opened(self, ids: Any) -> np.ndarray:
         """Ids of tokens in the tokenizer that the task was opened with; what is negative is no token."""
         ids = np.asarray(ids)
-        return ids if self._kept is None else np.where(ids < 0, ids, np.asarray(self._kept)[ids])
+        return ids if self._kept is None else np.where(ids < 0, ids, np.asarray(self._kept)[ids.clip(0)])
