@@ -110,7 +110,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) 
 def _restore_tokens(task: Task, snapshot: Path) -> None:
     """The tokenizer as the steps done left it, if they cut it: after the original was scored, which reads the whole one."""
     if (snapshot / "tokenizer_config.json").is_file():
-        task.adopt(task.load_processor(str(snapshot)))
+        task.adopt(task.load_processor(str(snapshot)))  # type: ignore[attr-defined]  # only texts have one
 
 
 def _reference(recipe: Recipe, task: Task, work: Path) -> Any:

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Gene
 from typer.testing import CliRunner
 
 import hfcompress.loop as loop
+import hfcompress.measuring as measuring
 from hfcompress import CompressionCallback, CompressionError, Distill, PruneVocab, Recipe, compress, riding
 from hfcompress.artifact import save
 from hfcompress.cli import app
@@ -580,6 +581,7 @@ def test_wrong_fields_are_told_by_the_recipe() -> None:
         return str(error.value)
 
     assert "tokens and keep both say how many tokens stay" in mistakes({"prune_vocab": {"tokens": 9, "keep": 0.5}})
+    assert "split chooses among the task's own data" in mistakes({"prune_vocab": {"corpus": "texts.txt", "split": "all"}})
     assert "corpus has no text" in mistakes({"prune_vocab": {"corpus": [" "]}})
     assert "prune_vocab: it can't ride along with training" in mistakes({"train": {"with": ["prune_vocab"]}})
     kept = {"train": {"with": [{"adapters": {"merge": False}}]}}
@@ -647,7 +649,8 @@ TASKS = {
 
 @pytest.fixture()
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a fresh process a run, which takes its time; other tests have it."""
+    """Without a fresh process, a picture and true times of a run, which take their time; other tests have them."""
+    monkeypatch.setattr(measuring, "REPETITIONS", {1: 1, 8: 1})
     monkeypatch.setattr(loop.artifact, "prove", lambda *given: 0.0)
     monkeypatch.setattr(loop, "plot", lambda *given: None)
 
@@ -677,9 +680,13 @@ def test_a_task_goes_on_with_the_smaller_tokenizer(name: str, place: Path) -> No
         assert then == {**first, "agreement": 1.0}
     elif name == "masked-lm":
         assert "agreement" not in then, "other questions"
+        assert "texts cut into other tokens" in task.notes[0]
     else:
         # a word that is gone can't be foretold: the rest of the answers are the same
         assert 0.2 < then["agreement"] <= 1 and then["perplexity"] < first["perplexity"]
+        assert task.notes == (
+            f"scored over {len(task.processor)} tokens, so compare perplexity with rows of the same tokens only",
+        )
     batch = next(task.batches(model, 4))
     assert int(batch["input_ids"].max()) < model.config.vocab_size
     model(**batch)
@@ -733,6 +740,7 @@ def test_the_original_teaches_what_has_fewer_tokens(name: str, place: Path, tmp_
     with torch.no_grad():
         torch.testing.assert_close(teacher(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-3)
     assert chosen.task.kept_original.config.vocab_size == 140
+    assert any("compare perplexity" in note for note in report.rows[1].notes) == name.endswith("lm")
 
 
 PLAIN = """
@@ -800,6 +808,17 @@ def test_images_have_no_tokens(tmp_path: Path) -> None:
     task = task_from({"name": "image-classification", "dataset": str(tmp_path / "images")}).open(str(tmp_path / "vit"))
     with pytest.raises(CompressionError, match="has no tokenizer, and tokens can't be chosen"):
         PruneVocab().run(task.load_model(str(tmp_path / "vit")), task)
+
+
+def test_the_tokens_of_texts_to_score_on_stay_if_asked(place: Path) -> None:
+    kept = {}
+    for split in ("train", "all"):
+        chosen = recipe(place, "seq2seq-lm", {"prune_vocab": {"split": split}})
+        task = chosen.task.open(chosen.model)
+        held_out = {token for row in task.eval_dataset for token in task.processor.convert_ids_to_tokens(row["input_ids"])}
+        chosen.steps[0].run(task.load_model(chosen.model), task)
+        kept[split] = held_out <= set(task.processor.get_vocab())
+    assert kept == {"train": False, "all": True}
 
 
 def test_words_of_every_topic_stay(place: Path) -> None:

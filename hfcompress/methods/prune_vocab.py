@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
@@ -38,6 +38,11 @@ class PruneVocab(Method):
         description="Texts whose tokens stay: a list of them, or a data set as a task names it, all splits and columns; by "
         "default the tokens that the task trains on. What only texts to score on hold is then cut into smaller tokens.",
     )
+    split: Literal["train", "all"] = Field(
+        "train",
+        description="Whose tokens stay if there is no corpus: of the data to train on, or of those to score on too; the score then "
+        "doesn't tell how new words fare.",
+    )
     tokens: PositiveInt | None = Field(None, description="So many tokens at most: the most frequent.")
     keep: float | None = Field(None, gt=0, lt=1, description="The same as a share of all tokens.")
     min_count: PositiveInt = Field(1, description="A token stays that occurs so often.")
@@ -49,6 +54,8 @@ class PruneVocab(Method):
             raise ValueError("tokens and keep both say how many tokens stay; give one of them")
         if isinstance(self.corpus, list) and not any(text.strip() for text in self.corpus):
             raise ValueError("corpus has no text; leave it out to keep the tokens of the training data, or give some texts")
+        if self.corpus is not None and self.split != "train":
+            raise ValueError("split chooses among the task's own data, and corpus names others; give one of them")
         return self
 
     @property
@@ -83,9 +90,9 @@ class PruneVocab(Method):
         keep_tokens(model, keep)
         if hasattr(task, "adopt"):
             exact = self.corpus is None and counts.keys() <= set(keep)
-            was = _digest(task.train_tokens()) if exact else b""
+            was = _digest(task.data_tokens()) if exact else b""
             task.adopt(new)
-            if exact and _digest(keep[token] for token in task.train_tokens()) != was:
+            if exact and _digest(keep[token] for token in task.data_tokens()) != was:
                 raise CompressionError(
                     "prune_vocab: the smaller tokenizer cuts the training data into other tokens; this is a fault of "
                     "hfcompress, please report it with the tokenizer."
@@ -104,12 +111,12 @@ class PruneVocab(Method):
     def _counts(self, task: Any, tokenizer: Any, texts: list[str]) -> Counter[int]:
         if self.corpus is not None:
             return counted(tokenizer, texts)
-        if not hasattr(task, "train_tokens"):
+        if not hasattr(task, "data_tokens"):
             raise CompressionError(
                 "prune_vocab: there is no corpus to choose tokens by; give one as corpus (texts, a file, a folder, a data "
                 "set), or list prune_vocab in a recipe, which has training data."
             )
-        return Counter(task.train_tokens())
+        return Counter(task.data_tokens(self.split))
 
     def _kept(self, model: Any, vocabulary: Vocabulary, counts: Counter[int], total: int) -> set[int]:
         names = {index: token for token, index in vocabulary.ids.items()}

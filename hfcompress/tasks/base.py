@@ -26,7 +26,7 @@ from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.methods.base import Fields
 from hfcompress.metrics import higher_is_better, load_metrics
 from hfcompress.surgery import copied
-from hfcompress.vocabulary import keep_tokens, named_tokens, with_tokens
+from hfcompress.vocabulary import keep_tokens, named_tokens
 
 TOKENS = ("predictions", "references")
 """What `predict` gives in tokens where models answer with them."""
@@ -67,6 +67,7 @@ class Task(Fields):
     _retold: nn.Module | None = PrivateAttr(None)
     _kept: list[int] | None = PrivateAttr(None)
     _kept_then: list[int] | None = PrivateAttr(None)
+    _is_other: bool = PrivateAttr(False)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.model_dump() == other.model_dump()  # whether opened or not
@@ -88,6 +89,7 @@ class Task(Fields):
             self._opened = self._train = self._eval = self._reference = None  # no mixture if something fails below
             self._original = None if self.is_adopted else self._original  # it reads other tokens
             self._kept = self._kept_then = self._retold = None
+            self._is_other = False
             self._config, self._processor = load_config(model_path), self.load_processor(model_path)
             with quiet_datasets():
                 train, held_out = self._split(self._read())
@@ -324,32 +326,6 @@ class Task(Fields):
         self._original, self._retold, self._kept_then = copied(model), None, self._kept
 
     # ---------------------------------------------------------------- fewer tokens
-
-    def train_tokens(self) -> Iterator[int]:
-        """The tokens of the training data, as models are given them."""
-        raise NotImplementedError
-
-    def adopt(self, tokenizer: Any) -> None:
-        """Go on with a tokenizer that has some of the tokens of the one there is: the data are tokenised anew.
-
-        What was remembered of the original stays comparable where the questions are the same; else `agreement` is left out.
-        """
-        before, asked, path = self.processor.get_vocab(), self._asked(), self._opened
-        kept = sorted(before[token] for token in tokenizer.get_vocab())
-        self._opened = self._train = self._eval = None  # no mixture if something fails below
-        self._processor, self._config, self._retold = tokenizer, with_tokens(self._config, kept), None
-        self._kept = kept if self._kept is None else [self._kept[index] for index in kept]
-        with quiet_datasets():
-            train, held_out = self._split(self._read())
-            self._prepare(train, held_out, str(path))
-        self._opened = path
-        if self._reference is not None and self._asked() != asked:
-            self._reference = None
-            if self.headline == "agreement":
-                raise CompressionError(
-                    "prune_vocab: the texts to score on are other tokens now, and an answer to each token can't be compared "
-                    "with the original's; give a corpus that holds them, or score something else."
-                )
 
     def reads_as(self, path: str) -> bool:
         """Whether a checkpoint's tokenizer has the tokens of the one there is."""
