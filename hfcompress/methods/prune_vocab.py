@@ -40,8 +40,8 @@ class PruneVocab(Method):
     )
     split: Literal["train", "all"] = Field(
         "train",
-        description="Whose tokens stay if there is no corpus: of the data to train on, or of those to score on too; the score then "
-        "doesn't tell how new words fare.",
+        description="Whose tokens stay if there is no corpus: of the data to train on, or of those to score on too; the score "
+        "then doesn't tell how new words fare.",
     )
     tokens: PositiveInt | None = Field(None, description="So many tokens at most: the most frequent.")
     keep: float | None = Field(None, gt=0, lt=1, description="The same as a share of all tokens.")
