@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import PruneHeads as PruneHeads
     from hfcompress.methods import PruneLayers as PruneLayers
     from hfcompress.methods import PruneNeurons as PruneNeurons
+    from hfcompress.methods import PruneVocab as PruneVocab
     from hfcompress.methods import PruneWeights as PruneWeights
     from hfcompress.methods import Quantize as Quantize
     from hfcompress.methods import Student as Student
@@ -51,6 +52,7 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "PruneNeurons",
     "PruneLayers",
     "PruneExperts",
+    "PruneVocab",
     "PruneWeights",
     "LowRank",
     "Adapters",

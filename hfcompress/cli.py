@@ -184,8 +184,15 @@ def compare(a: Folder, b: Folder, task: TaskOption = None) -> None:
     from hfcompress.comparing import compare as compare_models
 
     chosen = _task_of(b, task, a)
-    chosen.open(a)
-    console.print(compare_models(load(chosen, a), load(chosen, b), chosen, names=(a, b)).table())
+    other = chosen.open(a)
+    if not chosen.reads_as(b):  # prune_vocab left tokens out
+        if chosen.headline == "agreement":
+            raise CompressionError(
+                f"compare: {b} has another tokenizer than {a}, so answers can't be compared one by one; give --task metrics "
+                f"that need labels, or measure each with hfcompress eval."
+            )
+        other = _task_of(b, task, a).open(b)
+    console.print(compare_models(load(chosen, a), load(other, b), chosen, names=(a, b), task_b=other).table())
 
 
 @app.command()

@@ -68,22 +68,26 @@ def compare(
     batch_sizes: tuple[int, ...] = (1, 8),
     pairs: int = 15,
     names: tuple[str, str] = ("A", "B"),
+    task_b: Any = None,
 ) -> Comparison:
-    """Score two models and time them in turns, so that whatever else the machine does falls on both alike."""
-    models = (model_a, model_b)
+    """Score two models and time them in turns, so that whatever else the machine does falls on both alike.
+
+    `task_b`: the task as the second model reads it, if it has another tokenizer.
+    """
+    models, tasks = (model_a, model_b), (task, task_b or task)
     counts = [weigh(model) for model in models]
     latency = {}
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(undisturbed(model))
         for size in batch_sizes:
-            latency[f"b{size}"] = _in_turns([timed_forward(model, task, size) for model in models], pairs)
+            latency[f"b{size}"] = _in_turns([timed_forward(*both, size) for both in zip(models, tasks, strict=True)], pairs)
         with torch.no_grad():
             # with nothing but agreement to score, the second is judged by the first
             first = task.remember if task.headline == "agreement" else task.score
             scores = [
                 {name: finite(float(value)) for name, value in score(m).items()}
-                for score, m in zip((first, task.score), models, strict=True)
+                for score, m in zip((first, tasks[1].score), models, strict=True)
             ]
     return Comparison(
         names=names,
@@ -91,7 +95,7 @@ def compare(
         megabytes=(counts[0]["bytes"] / 1e6, counts[1]["bytes"] / 1e6),
         score=(scores[0], scores[1]),
         latency_ms=latency,
-        settings=(settings_of(model_a, task), settings_of(model_b, task)),
+        settings=(settings_of(model_a, task), settings_of(model_b, tasks[1])),
         machine=machine(),
     )
 

@@ -104,6 +104,21 @@ def read_splits(dataset: str, subset: str | None = None, unit: str = "text") -> 
         return _read_hub(dataset, subset), False
 
 
+def read_texts(dataset: str) -> Iterator[str]:
+    """Every text of an address, whatever its split and column; lists of words are texts too."""
+    for rows in read_splits(dataset)[0].values():
+        for start in range(0, len(rows), 1000):
+            yield from _strings(list(rows[start : start + 1000].values()))
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(one)
+
+
 def _read_hub(dataset: str, subset: str | None) -> DatasetDict:
     first, *rest = dataset.split("/")
     if first in SHORT:

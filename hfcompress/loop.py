@@ -93,6 +93,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) 
             if state.is_main_process:
                 task.remember(first)
             _keep_teacher(recipe, task, first)
+        _restore_tokens(task, work / f"step-{done}")
         return model.to(state.device), report, done
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
@@ -104,6 +105,12 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) 
     model = artifact.load(task, recipe.model).to(state.device)
     _record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
+
+
+def _restore_tokens(task: Task, snapshot: Path) -> None:
+    """The tokenizer as the steps done left it, if they cut it: after the original was scored, which reads the whole one."""
+    if (snapshot / "tokenizer_config.json").is_file():
+        task.adopt(task.load_processor(str(snapshot)))  # type: ignore[attr-defined]  # only texts have one
 
 
 def _reference(recipe: Recipe, task: Task, work: Path) -> Any:
@@ -155,10 +162,10 @@ def _record(
             control = {"score": task.scored(without["columns"]), "seconds": without["seconds"]}
             control |= {**better._asdict(), "interval": list(better.interval)} if better else {"better": None}
             score = lambda _: task.scored(columns)  # noqa: E731 (one model is scored once)
-        beside = task.original if number > recipe.reference else None
+        beside = task.kept_original if number > recipe.reference else None
         report.add(measure(model, task, step, seconds=seconds, score=score, beside=beside, control=control))
         if number:
-            artifact.save(model, None, work / f"step-{number}")
+            artifact.save(model, task.processor if task.is_adopted else None, work / f"step-{number}")
         report.save(work / "report.json")
         for old in work.glob("step-*"):
             if old.name not in (f"step-{number}", f"step-{recipe.reference}"):

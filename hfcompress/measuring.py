@@ -106,7 +106,7 @@ def measure(
         peak_memory_megabytes=None if growth is None else (count["bytes"] + growth) / 1e6,
         seconds=seconds,
         settings=settings_of(model, task),
-        notes=notes,
+        notes=(*notes, *getattr(task, "notes", ())),
         reference_ms=reference,
         control=control,
     )

@@ -259,8 +259,9 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
                 f"steps.{number}: {step.key()} does nothing without training; list it under `with:` of a train step."
             )
         keys = [rider.key() for rider in riders if rider is not None]
-        touching = ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize", "adapters", "student")
-        if "adapters" in keys and (clash := [key for key in keys if key in touching[:5]]):
+        cutting = ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize")
+        touching = (*cutting, "adapters", "student", "prune_vocab")
+        if "adapters" in keys and (clash := [key for key in keys if key in cutting]):
             mistakes.append(f"steps.{number}: adapters can't ride along with {clash[0]}; do {clash[0]} in a step before.")
         else:
             try:
@@ -281,7 +282,7 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
                     f"steps.{number}: train comes after quantize (steps.{quantised}), and codes can't be trained; "
                     f"train first, or add adapters under with."
                 )
-            elif step.key() in ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize"):
+            elif step.key() in cutting:
                 mistakes.append(
                     f"steps.{number}: {step.key()} comes after quantize (steps.{quantised}), and codes can't be cut; "
                     f"list it before quantize."

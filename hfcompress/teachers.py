@@ -128,8 +128,13 @@ def fitting(model: Any, teacher: Any, asked: Any, processor: Any) -> Tensor | No
     question: other labels, another vocabulary, another tokenizer."""
     if hasattr(processor, "get_vocab"):
         _check_tokenizer(asked, processor)
-    name = type(unwrapped(model)).__name__
+    name, kept = type(unwrapped(model)).__name__, getattr(unwrapped(model), "kept_tokens", None)
     mine, theirs = getattr(model.config, "vocab_size", None), getattr(teacher.config, "vocab_size", None)
+    if kept and mine != theirs:
+        raise CompressionError(
+            f"distill: prune_vocab left the student {mine} tokens, under other ids than the teacher's {theirs}; give "
+            f"'original', or cut the teacher too: keep_tokens(teacher, student.kept_tokens)."
+        )
     # Vocabularies are padded to round sizes: a token that no text has may be missing.
     padded = theirs is not None and hasattr(processor, "get_vocab") and len(processor) <= theirs
     if mine and theirs and theirs < mine and not padded:

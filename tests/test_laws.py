@@ -28,6 +28,7 @@ from hfcompress.methods import (
     PruneHeads,
     PruneLayers,
     PruneNeurons,
+    PruneVocab,
     PruneWeights,
     Quantize,
     Student,
@@ -36,9 +37,11 @@ from hfcompress.methods import (
 from hfcompress.proof import units_of
 from hfcompress.structure import describe, diff, rebuild, twin
 from hfcompress.surgery import cut, gate
-from tests.tiny import DECODERS, ENCODERS, tiny_model
+from tests.tiny import DECODERS, ENCODERS, tiny_model, tiny_tokenizer
 
 KINDS = (*ENCODERS, *DECODERS)
+# A word a token; batches hold 5 to 119.
+WORDS = [f"word{number}" for number in range(128)]
 # One row a method; lists are several ways to use it.
 METHOD_ROWS: dict[str, list[Method]] = {
     "prune_heads": [PruneHeads(0.5), PruneHeads(0.5, scores="magnitude", ranking="global")],
@@ -54,6 +57,7 @@ METHOD_ROWS: dict[str, list[Method]] = {
         PruneLayers(number=1, scores="loss", samples=8),
         PruneLayers(layers=[1]),
     ],
+    "prune_vocab": [PruneVocab([" ".join(WORDS[5:120])])],
     "prune_weights": [PruneWeights(0.6)],
     "low_rank": [LowRank(ratio=0.5), LowRank(rank=4), LowRank(energy=0.6)],
     "quantize": [
@@ -98,6 +102,7 @@ class FewBatches:
 
     def __init__(self, kind: str) -> None:
         self.causal = kind in DECODERS
+        self.processor = tiny_tokenizer(WORDS[5:])  # special tokens are 0 to 4
 
     def batch(self, seed: int = 0, size: int = 8, length: int = 12) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)

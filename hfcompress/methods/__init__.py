@@ -9,6 +9,7 @@ from hfcompress.methods.prune_experts import PruneExperts
 from hfcompress.methods.prune_heads import PruneHeads
 from hfcompress.methods.prune_layers import PruneLayers
 from hfcompress.methods.prune_neurons import PruneNeurons
+from hfcompress.methods.prune_vocab import PruneVocab
 from hfcompress.methods.prune_weights import PruneWeights
 from hfcompress.methods.quantize import Quantize
 from hfcompress.methods.student import Student
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
         PruneNeurons,
         PruneLayers,
         PruneExperts,
+        PruneVocab,
         PruneWeights,
         LowRank,
         Adapters,

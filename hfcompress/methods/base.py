@@ -59,13 +59,14 @@ class Method(Step):
     Class variables say what the drivers must know:
     `adds_parameters` (they must exist before the optimizer is built), `reads_data` (needs batches from the task),
     `fades` (the model is not itself before training ends, so no earlier checkpoint may replace the last one),
-    `replaces_loss`, and `needs_training` (useless as a step of its own).
+    `replaces_loss`, `needs_training` (useless as a step of its own) and `rides` (whether training may happen in the pause).
     """
 
     adds_parameters: ClassVar[bool] = False
     fades: ClassVar[bool] = False
     replaces_loss: ClassVar[bool] = False
     needs_training: ClassVar[bool] = False
+    rides: ClassVar[bool] = True
 
     @property
     def wants_original(self) -> bool:
@@ -148,6 +149,12 @@ def with_original(model: nn.Module, methods: Iterable[Method], task: Any) -> Any
 
 def check_together(methods: Iterable[Method]) -> None:
     """Adapters stand where the layers were that others would cut, factor or code; and a model has one loss."""
+    for method in (methods := list(methods)):
+        if not method.rides:
+            raise CompressionError(
+                f"{method.key()}: it can't ride along with training, whose texts are tokens already when it begins; list it as "
+                f"a step of its own, or call run(model, tokenizer) before you tokenise."
+            )
     keys = [method.key() for method in methods]
     if keys.count("distill") > 1:
         raise CompressionError("distill: it is listed twice, and a model has one loss; give one all teachers and terms.")

@@ -26,6 +26,10 @@ from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.methods.base import Fields
 from hfcompress.metrics import higher_is_better, load_metrics
 from hfcompress.surgery import copied
+from hfcompress.vocabulary import keep_tokens, named_tokens
+
+TOKENS = ("predictions", "references")
+"""What `predict` gives in tokens where models answer with them."""
 
 
 class Task(Fields):
@@ -37,6 +41,8 @@ class Task(Fields):
     auto_class: ClassVar[Any]
     unit: ClassVar[str] = "text"
     """What an example is made of, as errors call it; "image" finds class folders of image files."""
+    answers_tokens: ClassVar[bool] = False
+    """Whether models answer with tokens of the vocabulary."""
 
     dataset: str = Field(description="Hub id, file, folder of files or of class folders, or package://NAME/path")
     subset: str | None = Field(None, description="the subset (configuration) of a Hub data set")
@@ -58,6 +64,10 @@ class Task(Fields):
     _eval: Dataset | None = PrivateAttr(None)
     _reference: np.ndarray | None = PrivateAttr(None)
     _original: nn.Module | None = PrivateAttr(None)
+    _retold: nn.Module | None = PrivateAttr(None)
+    _kept: list[int] | None = PrivateAttr(None)
+    _kept_then: list[int] | None = PrivateAttr(None)
+    _is_other: bool = PrivateAttr(False)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.model_dump() == other.model_dump()  # whether opened or not
@@ -75,8 +85,11 @@ class Task(Fields):
 
     def open(self, model_path: str) -> Task:
         """Tokenizer, data, splits, tokens; the same path again costs nothing. Returns itself; `CompressionError`s."""
-        if self._opened != str(model_path):
+        if self._opened != str(model_path) or self.is_adopted:
             self._opened = self._train = self._eval = self._reference = None  # no mixture if something fails below
+            self._original = None if self.is_adopted else self._original  # it reads other tokens
+            self._kept = self._kept_then = self._retold = None
+            self._is_other = False
             self._config, self._processor = load_config(model_path), self.load_processor(model_path)
             with quiet_datasets():
                 train, held_out = self._split(self._read())
@@ -261,7 +274,11 @@ class Task(Fields):
             for module, mode in modes:  # not model.train(): some modules may have been frozen in eval mode
                 module.training = mode
         back = np.argsort(order)
-        return {name: np.concatenate([rows[index][name] for index in back]) for name in rows[0]}
+        columns = {name: np.concatenate([rows[index][name] for index in back]) for name in rows[0]}
+        return {
+            name: self._as_opened(values) if self.answers_tokens and name in TOKENS else values
+            for name, values in columns.items()
+        }
 
     def _longest_first(self, data: Any) -> np.ndarray:
         """An order with little padding, in which memory runs out at the start or not at all."""
@@ -289,9 +306,42 @@ class Task(Fields):
 
     @property
     def original(self) -> nn.Module | None:
-        """The model as it came, if it was kept; distillation learns from it."""
+        """The model as it came, if it was kept; distillation learns from it. It reads and writes the tokens of the task."""
+        if self._original is None or self._kept == self._kept_then:
+            return self._original
+        if self._retold is None:
+            told, then = self._kept or [], {token: index for index, token in enumerate(self._kept_then or ())}
+            self._retold = copied(self._original)
+            kept = {then[token] for token in told} if then else set(told)
+            keep_tokens(self._retold, sorted(kept | named_tokens(self._retold)))
+        return self._retold
+
+    @property
+    def kept_original(self) -> nn.Module | None:
+        """The original with all tokens it had when it was kept: what sizes and times are compared with."""
         return self._original
 
     def keep_original(self, model: nn.Module) -> None:
         """Keep a frozen copy of the model in eval mode, since steps edit in place."""
-        self._original = copied(model)
+        self._original, self._retold, self._kept_then = copied(model), None, self._kept
+
+    # ---------------------------------------------------------------- fewer tokens
+
+    def reads_as(self, path: str) -> bool:
+        """Whether a checkpoint's tokenizer has the tokens of the one there is."""
+        one, other = self.processor, self.load_processor(path)
+        return not hasattr(one, "get_vocab") or one.get_vocab() == other.get_vocab()
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the tokenizer is another than that of the model the task was opened with."""
+        return self._kept is not None
+
+    def _asked(self) -> Any:
+        """What tells the questions behind `predictions`; tokens as in the tokenizer the task was opened with."""
+        return len(self.eval_dataset)
+
+    def _as_opened(self, ids: Any) -> np.ndarray:
+        """Ids of tokens in the tokenizer that the task was opened with; what is negative is no token."""
+        ids = np.asarray(ids)
+        return ids if self._kept is None else np.where(ids < 0, ids, np.asarray(self._kept)[ids.clip(0)])

@@ -16,6 +16,7 @@ class CausalLM(TextTask):
     """The next token; the texts are laid end to end and cut into blocks."""
 
     auto_class = AutoModelForCausalLM
+    answers_tokens = True
 
     block_size: int = Field(512, ge=2, description="tokens a block")
     eval_batch_size: PositiveInt = Field(4, description="blocks a batch when scoring; logits are large")

@@ -22,6 +22,7 @@ class MaskedLM(TextTask):
     """The tokens behind a mask: drawn anew at every step of training, and once for all when scoring."""
 
     auto_class = AutoModelForMaskedLM
+    answers_tokens = True
 
     max_length: PositiveInt = Field(128, description="tokens an example is cut to")
     line_by_line: bool = Field(

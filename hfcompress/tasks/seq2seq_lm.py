@@ -24,6 +24,8 @@ class Seq2SeqLM(TextTask):
     """A text made of another: a summary, a translation, an answer. Scored token by token, given the true ones before."""
 
     auto_class = AutoModelForSeq2SeqLM
+    answers_tokens = True
+    token_columns = ("input_ids", "labels")
 
     text_column: str | None = Field(None, description="the column of the source texts; guessed by default")
     target_column: str | None = Field(None, description="the column of the texts to make; guessed by default")

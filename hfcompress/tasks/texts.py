@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,15 +14,61 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding
 
 from hfcompress.checkpoints import load_tokenizer, positions
-from hfcompress.data import TEXTS, choose, find_column
+from hfcompress.data import TEXTS, choose, find_column, quiet_datasets
 from hfcompress.errors import CompressionError
 from hfcompress.tasks.base import Task
+from hfcompress.vocabulary import with_tokens
 
 
 class TextTask(Task):
     """A task whose examples are tokens: `input_ids` and `attention_mask` at least."""
 
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
+
     text_column: str | None = Field(None, description="the column of the texts; guessed by default")
+
+    def data_tokens(self, split: str = "train") -> Iterator[int]:
+        """The tokens of the training data, or of "all", as models are given them."""
+        for data in (self.train_dataset, self.eval_dataset)[: 1 if split == "train" else 2]:
+            for row in data:
+                for column in self.token_columns:
+                    yield from (token for token in row[column] if token >= 0)
+
+    def _asked(self) -> Any:
+        if not self.answers_tokens:
+            return super()._asked()
+        return [[self._as_opened(row[column]).tolist() for column in ("input_ids", "labels")] for row in self.eval_dataset]
+
+    def adopt(self, tokenizer: Any) -> None:
+        """Go on with a tokenizer that has some of the tokens of the one there is: the data are tokenised anew.
+
+        What was remembered of the original stays comparable where the questions are the same; else `agreement` is left out.
+        """
+        before, asked, path = self.processor.get_vocab(), self._asked(), self._opened
+        kept = sorted(before[token] for token in tokenizer.get_vocab())
+        self._opened = self._train = self._eval = None  # no mixture if something fails below
+        self._processor, self._config, self._retold = tokenizer, with_tokens(self._config, kept), None
+        self._kept = kept if self._kept is None else [self._kept[index] for index in kept]
+        with quiet_datasets():
+            train, held_out = self._split(self._read())
+            self._prepare(train, held_out, str(path))
+        self._opened = path
+        self._is_other = self._is_other or self._asked() != asked
+        if self._reference is not None and self._is_other:
+            self._reference = None
+            if self.headline == "agreement":
+                raise CompressionError(
+                    "prune_vocab: the texts to score on are other tokens now, and an answer to each token can't be compared "
+                    "with the original's; give a corpus that holds them, or score something else."
+                )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a score must be read with."""
+        if not self.answers_tokens or self._kept is None:
+            return ()
+        other = "and on texts cut into other tokens, " if self._is_other else ""
+        return (f"scored over {len(self._kept):,} tokens, {other}so compare perplexity with rows of the same tokens only",)
 
     def load_processor(self, path: str) -> Any:
         """The tokenizer of a checkpoint, with a pad token."""

@@ -112,6 +112,11 @@ class TokenClassification(Classification, TextTask):
         self._train = self._encoded(train, self.max_train_samples, tokens)
         self._eval = self._encoded(held_out, self.max_eval_samples, tokens)
 
+    def _asked(self) -> Any:
+        if self.labelled:  # a decision a word, whatever its tokens; a text that is cut off earlier has fewer
+            return [[label for label in labels if label != IGNORED] for labels in self.eval_dataset["labels"][:]]
+        return [self._as_opened(ids).tolist() for ids in self.eval_dataset["input_ids"][:]]
+
     def _counted(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.where(batch["attention_mask"].bool(), 0, IGNORED)
 
