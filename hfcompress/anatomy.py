@@ -160,12 +160,14 @@ def body_linears(model: Any) -> list[str]:
 
 
 def reads_weight(owner: nn.Module, leaf: str, even_dtype: bool = False) -> bool:
-    """Whether the code of a module's class reads `self.leaf.weight`, for more than its device or, as some cast to it, dtype."""
+    """Whether the code of a module's class reads `self.leaf.weight`, for more than its device or dtype; `even_dtype`: or its
+    dtype, or that of `self.leaf.parameters()`, as some cast to it."""
     return leaf in _weights_read(cast(Any, type(owner)), even_dtype)
 
 
 @cache
 def _weights_read(owner: Any, even_dtype: bool) -> frozenset[str]:
-    reads = re.compile(r"self\.(\w+)\.weight\b" + (r"(?!\.device\b)" if even_dtype else r"(?!\.(?:device|dtype)\b)"))
+    dtype = r"\.(\w+)\.(?:weight\b(?!\.device\b)|parameters\(\))"
+    reads = re.compile("self" + (dtype if even_dtype else r"\.(\w+)\.weight\b(?!\.(?:device|dtype)\b)"))
     ours = (one for one in owner.__mro__ if one.__module__.startswith("transformers.models."))
     return frozenset(leaf for one in ours for leaf in reads.findall(inspect.getsource(one)))

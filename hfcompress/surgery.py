@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -178,11 +179,17 @@ def codable(model: Any, bits: int = 8) -> list[str]:
         for name in body_linears(model)
         if codes_fit(model.get_submodule(name), bits)
         and not any(f".{part}." in f".{name}." for part in dense)
-        and not reads_weight(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], even_dtype=True)
+        and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
         # The scales of codes are found by the name of their weight, which a load must leave as it is and not find twice.
         and not any(part.endswith("weight") for part in name.split("."))
         and all(one.rename_source_key(key)[0] == key for key in (f"{name}.weight", f"{name}.SCB") for one in renames)
     ]
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """Every module on the way to one, with the attribute under which the way goes on."""
+    parts = name.split(".")
+    yield from ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
 
 
 def check_no_adapter(model: Any, where: str) -> None:

@@ -24,6 +24,7 @@ ODD = {
     "Llama4ForCausalLM": "experts that a quantised load replaces",
     "LongcatFlashForCausalLM": "a router that multiplies the weight itself",
     "Gemma4ForCausalLM": "a config whose fields differ from layer to layer",
+    "Swinv2ForImageClassification": "a table that is cast to the dtype of a layer inside another module",
     "Zamba2ForSequenceClassification": "one block tied to several places",
 }
 
