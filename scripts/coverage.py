@@ -33,6 +33,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hfcompress.anatomy import Units, body_linears
+from hfcompress.choosing import permitted, rehearse
 from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
 from hfcompress.layers import is_low_bit, quiet_casts
@@ -41,7 +42,7 @@ from hfcompress.methods import LowRank, Quantize
 from hfcompress.methods.low_rank import _as_layer
 from hfcompress.miniature import example, miniature
 from hfcompress.proof import proven, shaped, units_of
-from hfcompress.stacks import layer_stacks
+from hfcompress.stacks import Stack, layer_stacks
 from hfcompress.structure import describe
 from hfcompress.surgery import cut, gate, swap
 
@@ -207,45 +208,95 @@ def quantize(name: str, kind: str) -> None:
     check_reload(model, inputs)
 
 
+def passed(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """What a layer was given, in the form of its own output; some hand on more than the hidden states."""
+    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+    kind = type(layer).__name__
+    if "Reformer" in kind:
+        return output._replace(attn_output=kwargs["prev_attn_output"], hidden_states=kwargs["hidden_states"])
+    if isinstance(output, Tensor):
+        return tensors[0]
+    if isinstance(output, dict):
+        return {**output, next(iter(output)): tensors[0]}
+    second = next((place for name, place in (("LxmertX", 2), ("XLNet", 1), ("Lilt", 1), ("Zaya", 1)) if name in kind), None)
+    rest = list(output[1:]) if second is None else [args[second], *output[2:]]
+    if carried := [key for key in kwargs if key.startswith("prev_")]:  # hyper-connections
+        rest[-1] = kwargs[carried[0]]
+    return type(output)([tensors[0], *rest])
+
+
 @contextmanager
-def skipped(layers: Any, drop: list[int]) -> Iterator[None]:
-    """Layers that give back what they were given, in the form of their own output."""
+def skipped(model: Any, stack: Stack, keep: list[int]) -> Iterator[None]:
+    """The layers that are not kept give back what they were given."""
+    members: Any = model.get_submodule(stack.name)
+    calls = [0]
 
-    def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if isinstance(output, Tensor):
-            return given
-        return type(output)([given, *output[1:]]) if isinstance(output, list | tuple) else output
+    def skipping(layer: Any, forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            is_kept = stack.repeats and (calls[0] - 1) % stack.count in keep
+            output = forward(*args, **kwargs)
+            return output if is_kept else passed(layer, args, kwargs, output)
 
-    handles = [layers[index].register_forward_hook(hook, with_kwargs=True) for index in drop]
+        return run
+
+    chosen = list(members) if stack.repeats else [members[i] for i in range(stack.count) if i not in keep]
+    for one in chosen:  # no hooks: SqueezeBERT calls forward itself
+        one.forward = skipping(one, one.forward)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for one in chosen:
+            del one.forward
 
 
 def layers(name: str, kind: str) -> None:
+    """Every stack by itself: half of its layers, or as many as its config can tell."""
     model = build(name, kind, layers=4)
     inputs = example(model)
     dense, talks = answer(model, inputs), generates(model, inputs)
+    stacks = [stack for stack in layer_stacks(model) if stack.count > 1]
+    if not stacks:
+        raise Absent
+    refusal: CompressionError | None = None
     done = 0
-    for stack in layer_stacks(model):
-        keep = list(range(0, stack.count, 2))
-        drop = [index for index in range(stack.count) if index not in keep]
+    for stack in stacks:
         cutting = build(name, kind, layers=4)
-        with skipped(cutting.get_submodule(stack.name), drop):
-            expected = answer(cutting, inputs)
-        if not drop or distance(dense, expected) == 0:  # a stack that these inputs do not reach
+        scores = torch.tensor([(index % 2 == 0) - index * 1e-3 for index in range(stack.count)])
+        try:
+            keep = fewest(cutting, stack, scores)
+        except CompressionError as error:
+            refusal = refusal or error
             continue
-        keep_layers(cutting, stack.name, keep)
-        check_same(expected, answer(cutting, inputs), f"every second layer of {stack.name} against skipping it")
+        with skipped(cutting, stack, keep):
+            expected = answer(cutting, inputs)
+        if distance(dense, expected) == 0:  # a stack that these inputs do not reach
+            continue
+        keep_layers(cutting, {stack.name: keep}, "coverage")
+        check_same(expected, answer(cutting, inputs), f"layers {keep} of {stack.name} against skipping the others")
         if talks:
             generated(cutting, inputs)
         check_reload(cutting, inputs)
         done += 1
+    if not done and refusal is not None:
+        raise refusal
     if not done:
         raise Absent
+
+
+def fewest(model: Any, stack: Stack, scores: Tensor) -> list[int]:
+    """Layers to keep: half, or more where the config can't tell so few."""
+    half = (stack.count + 1) // 2
+    numbers = list(dict.fromkeys((half, *range(half + 1, stack.count))))
+    for number in numbers:
+        try:
+            keep = permitted(model, stack, scores, number, "coverage")
+            rehearse(model, {stack.name: keep}, "coverage")
+            return keep
+        except CompressionError as error:
+            if number == numbers[-1]:
+                raise error
+    raise AssertionError("a stack has at least two layers")
 
 
 def _keep_tokens() -> Any:
