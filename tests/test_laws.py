@@ -39,8 +39,17 @@ from tests.tiny import DECODERS, ENCODERS, tiny_model
 KINDS = (*ENCODERS, *DECODERS)
 # One row a method; lists are several ways to use it.
 METHOD_ROWS: dict[str, list[Method]] = {
-    "prune_heads": [PruneHeads(0.5), PruneHeads(0.5, scores="magnitude", ranking="global")],
-    "prune_neurons": [PruneNeurons(0.4), PruneNeurons(0.4, ranking="global", round_to=1)],
+    "prune_heads": [
+        PruneHeads(0.5),
+        PruneHeads(0.5, scores="magnitude", ranking="global"),
+        PruneHeads(0.5, scores="fisher", ranking="global", max_ratio=0.75),
+    ],
+    "prune_neurons": [
+        PruneNeurons(0.4),
+        PruneNeurons(0.4, ranking="global", round_to=1),
+        PruneNeurons(0.4, scores="taylor", iterations=2, round_to=1, samples=16),
+        PruneNeurons(0.4, scores="activation", samples=16),
+    ],
     "prune_weights": [PruneWeights(0.6)],
     "low_rank": [LowRank(ratio=0.5), LowRank(rank=4), LowRank(energy=0.6)],
     "quantize": [

@@ -73,6 +73,11 @@ class Method(Step):
         return False
 
     @property
+    def wants_labels(self) -> bool:
+        """Whether it needs a loss before training begins, to choose by."""
+        return False
+
+    @property
     def wants_attentions(self) -> bool:
         """Whether the model must return its attention maps, which only the eager implementation does."""
         return False
@@ -94,6 +99,10 @@ class Batches:
         self, loader: Any = None, original: nn.Module | None = None, processor: Any = None, is_resumed: bool = False
     ) -> None:
         self._loader, self.original, self.processor, self.is_resumed = loader, original, processor, is_resumed
+
+    @property
+    def has_data(self) -> bool:
+        return self._loader is not None
 
     def batches(self, model: nn.Module, samples: int | None, batch_size: int = 8, seed: int = 0) -> Iterator[dict[str, Tensor]]:
         """About `samples` examples by chance, or every one in its order for None, on the model's device."""
@@ -134,6 +143,12 @@ def check_together(methods: Iterable[Method]) -> None:
     keys = [method.key() for method in methods]
     if keys.count("distill") > 1:
         raise CompressionError("distill: it is listed twice, and a model has one loss; give one all teachers and terms.")
+    for cuts in ("prune_heads", "prune_neurons"):
+        if keys.count(cuts) > 1:
+            raise CompressionError(
+                f"{cuts}: it is listed twice, and both would choose among the same {cuts.removeprefix('prune_')}; give one the "
+                f"whole ratio, or do one in a step before."
+            )
     if pruned := next((key for key in keys if key.startswith("prune_") and "quantize" in keys[keys.index(key) :]), None):
         raise CompressionError(f"quantize: it would code the layers before {pruned} cuts them; list quantize first, or after.")
     others = [key for key in keys if key in ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize")]
