@@ -34,6 +34,17 @@ class Fading:
             silent |= ~stays
         self.kept = kept
 
+    @property
+    def doomed(self) -> list[Tensor]:
+        """Bool, of the shape of the units: those that fade now."""
+        return [~stays & ~silent for stays, silent in zip(self.staying, self.silent, strict=True)]
+
+    def silence(self, some: list[Tensor]) -> None:
+        """Shut these at once."""
+        for silent, new in zip(self.silent, some, strict=True):
+            silent |= new
+        self.show(1.0)
+
     def show(self, left: float) -> None:
         """What is left of the doomed, 1 to 0."""
         for values, silent, stays in zip(self._gates, self.silent, self.staying, strict=True):

@@ -17,6 +17,7 @@ from hfcompress.fading import Fading
 from hfcompress.methods.base import Method, Tick
 from hfcompress.proof import units_of
 from hfcompress.ranking import Target, chosen
+from hfcompress.repair import DAMPING, fold_constants, repair
 from hfcompress.scores import SCORES, score
 from hfcompress.surgery import check_cuttable, check_no_adapter, cut
 
@@ -44,6 +45,13 @@ class UnitPruning(Method):
     fade: float = Field(
         0.3, gt=0, le=1, description="Under train: the share of the steps by which they are gone (cubic); the rest cools down."
     )
+
+    repair: bool = Field(
+        False,
+        description="Cut at once, and let least squares on the samples fit what is left of the output projections to the "
+        "original's answers.",
+    )
+    damping: float = Field(DAMPING, ge=0, description="Of repair: the ridge, as a share of the mean second moment.")
 
     @field_validator("scores")
     @classmethod
@@ -82,16 +90,26 @@ class UnitPruning(Method):
         for units in all_units:
             check_cuttable(model, units)
         batches = self._batches(model, task)
+        if self.repair and batches is None:
+            raise CompressionError(
+                f"{self.key()}: repair needs calibration data; give a task or batches, with or without labels, or leave repair "
+                f"out."
+            )
         values = self._scored(model, all_units, batches)
         self._check_cuts(all_units, values)
         fading, part = Fading(model, all_units), 1
+
+        def choose() -> None:
+            fading.doom(chosen(all_units, values, self._target(part), fading.staying))
+            if not self.repair:  # which takes the means over anyway
+                fading.silence(fold_constants(model, all_units, fading.doomed))
 
         def reach(wanted: int) -> None:
             nonlocal part, values
             while part < wanted:
                 fading.show(0.0)
                 values, part = self._scored(model, all_units, batches), part + 1
-                fading.doom(chosen(all_units, values, self._target(part), fading.staying))
+                choose()
 
         def tick(progress: float) -> None:
             done = min(1.0, max(0.0, progress - self.warmup) / (self.fade - self.warmup)) * self.iterations
@@ -99,7 +117,11 @@ class UnitPruning(Method):
             fading.show((part - done) ** 3)
 
         try:
-            fading.doom(chosen(all_units, values, self._target(part)))
+            choose()
+            if self.repair:
+                reach(self.iterations)
+                fading.silence(fading.doomed)
+                repair(model, all_units, fading.kept, batches, self.damping)
             yield tick
         finally:
             fading.remove()
