@@ -23,7 +23,8 @@ TASK_FILES = [name.replace("-", "_") for name in TASKS]
 ALLOWED = {
     "errors": "",
     "layers": "errors",
-    "structure": "errors layers",
+    "plain": "",
+    "structure": "errors layers plain",
     "loading": "errors layers structure",
     "anatomy": "layers",
     "surgery": "errors layers anatomy",
@@ -35,6 +36,7 @@ ALLOWED = {
     "scores": "errors anatomy calibration lesson processes surgery",
     "ranking": "errors anatomy",
     "lockstep": "",
+    "even": "errors anatomy structure surgery",
     "repair": "anatomy calibration examples lockstep scores surgery",
     "fading": "anatomy proof surgery",
     "depth": "errors layers anatomy",
@@ -48,7 +50,7 @@ ALLOWED = {
     "teachers": "errors layers surgery",
     "fused": "lesson",
     "distilling": "errors layers anatomy proof fused lesson signals teachers terms",
-    "methods": "errors layers anatomy surgery proof calibration scores ranking fading repair depth width architecture teachers terms distilling methods.base methods.units",
+    "methods": "errors layers anatomy surgery proof calibration scores ranking fading repair even depth width architecture teachers terms distilling methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
     "checkpoints": "errors data",
@@ -114,7 +116,7 @@ def test_the_two_sides_never_meet() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    expected = [f"hfcompress.{name}" for name in ("errors", "layers", "loading", "structure")]
+    expected = [f"hfcompress.{name}" for name in ("errors", "layers", "loading", "plain", "structure")]
     assert told.strip() == f"{expected} False False"
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from hfcompress.anatomy import Units
 from hfcompress.calibration import Batches
 from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.even import check_even
 from hfcompress.fading import Fading
 from hfcompress.methods.base import Method, Tick
 from hfcompress.proof import units_of
@@ -36,6 +37,11 @@ class UnitPruning(Method):
     round_to: int = Field(1, ge=1, description="Keep a multiple of this many units in every layer.")
     min_ratio: float = Field(0.0, ge=0, lt=1, description="Under ranking global: the share that every layer loses at least.")
     max_ratio: float = Field(1.0, gt=0, le=1, description="Under ranking global: the share that every layer loses at most.")
+    even: bool = Field(
+        False,
+        description="Every layer keeps the same number, one that transformers' own config can tell: the result loads without "
+        "hfcompress.",
+    )
     samples: int = Field(256, ge=1, description="Training examples that scores look at.")
     seed: int = Field(0, description="Which examples these are; what random scores draw.")
     iterations: int = Field(
@@ -72,6 +78,11 @@ class UnitPruning(Method):
                 "under ranking: layer every layer loses the same share, and min_ratio and max_ratio have nothing to bound; "
                 "leave them out, or set ranking: global"
             )
+        if self.even and self.ranking == "global":
+            raise ValueError(
+                "even keeps the same number in every layer, and ranking: global lets layers lose different shares; possible is "
+                "ranking: layer; leave one of the two out"
+            )
         if self.warmup >= self.fade:
             raise ValueError(
                 f"warmup {self.warmup} is not before fade {self.fade}, the share of the steps by which units are gone; "
@@ -95,8 +106,8 @@ class UnitPruning(Method):
                 f"{self.key()}: repair needs calibration data; give a task or batches, with or without labels, or leave repair "
                 f"out."
             )
+        self._check_cuts(model, all_units)
         values = self._scored(model, all_units, batches)
-        self._check_cuts(all_units, values)
         fading, part = Fading(model, all_units), 1
 
         def choose() -> None:
@@ -148,10 +159,14 @@ class UnitPruning(Method):
         share = part / self.iterations
         return Target(self.key(), self.ratio * share, self.ranking, self.round_to, self.min_ratio * share, self.max_ratio)
 
-    def _check_cuts(self, all_units: list[Units], values: list[Tensor]) -> None:
-        kept = chosen(all_units, values, replace(self._target(self.iterations), ratio=self.ratio))
-        if all(keep.shape[-1] == units.count for keep, units in zip(kept, all_units, strict=True)):
+    def _check_cuts(self, model: nn.Module, all_units: list[Units]) -> None:
+        """Before anything is scored: whatever the scores will say, so many units stay."""
+        any_scores = [torch.ones(units.shape) for units in all_units]
+        counts = [keep.shape[-1] for keep in chosen(all_units, any_scores, self._target(self.iterations))]
+        if all(count == units.count for count, units in zip(counts, all_units, strict=True)):
             raise CompressionError(
                 f"{self.key()}: ratio {self.ratio} of {all_units[0].count} {self.kind} a layer, rounded to {self.round_to}, "
                 f"cuts nothing; raise ratio or lower round_to."
             )
+        if self.even:
+            check_even(model, all_units, counts, self.key())
