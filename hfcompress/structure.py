@@ -46,17 +46,7 @@ OWN_COUNTS = (
     "expert_dim",
     "ffn_hidden_size",
 )
-WIDTH_COUNTS = (
-    "embed_dim",
-    "inner_dim",
-    "hidden_size",
-    "hidden_dim",
-    "d_model",
-    "dim",
-    "key_dim",
-    "value_dim",
-    "mem_dim",
-)
+WIDTH_COUNTS = ("embed_dim", "inner_dim", "hidden_size", "hidden_dim", "d_model", "dim", "key_dim", "value_dim", "mem_dim")
 _LAYER_SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "in_channels", "out_channels", "groups")
 COUNTS = (*OWN_COUNTS, *WIDTH_COUNTS, "num_key_value_groups", *_LAYER_SIZES)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
@@ -303,6 +306,62 @@ def test_iterations_score_what_is_left() -> None:
     assert widths == [128, 128]
 
 
+# ---------------------------------------------------------------- saved scores
+
+
+def test_saved_scores_serve_several_targets(tmp_path: Path) -> None:
+    file, batch = str(tmp_path / "deep" / "heads.safetensors"), ragged(False)
+    cut = {}
+    for name, method in {
+        "first": PruneHeads(0.25, scores="fisher", samples=6, save_scores=file),
+        "again": PruneHeads(0.25, scores=file),
+        "half": PruneHeads(0.5, scores=file, ranking="global"),
+        "anew": PruneHeads(0.5, scores="fisher", samples=6, ranking="global"),
+    }.items():
+        model = tiny_model("bert")
+        with riding(model, [method], [batch] if method.scores == "fisher" else None):
+            pass
+        cut[name] = model.state_dict()
+    assert all(torch.equal(cut["first"][key], cut["again"][key]) for key in cut["first"])
+    assert all(torch.equal(cut["half"][key], cut["anew"][key]) for key in cut["half"])
+    with safe_open(file, framework="pt") as opened:
+        told = opened.metadata()
+        assert set(opened.keys()) == {units.output for units in units_of(tiny_model("bert"), "heads")}
+    assert told == {
+        "format": "1", "model_type": "bert", "kind": "heads", "score": "fisher", "samples": "6", "seed": "0"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "method", "says"),
+    [
+        (lambda: tiny_model("roberta"), PruneHeads, "holds scores of a 'bert', and the model is a 'roberta'"),
+        (lambda: tiny_model("bert", layers=3), PruneHeads, r"has none for bert.encoder.layer.2.attention.output.dense"),
+        (lambda: tiny_model("bert", num_attention_heads=2), PruneHeads, r"has \(4,\) for .*, which has \(2,\) heads"),
+        (lambda: tiny_model("bert", layers=1), PruneHeads, "is of 2 layers, and the model has 1"),
+        (lambda: tiny_model("bert"), PruneNeurons, "holds scores of heads, and neurons are to be cut"),
+    ],
+    ids=["class", "deeper", "sizes", "shallower", "kind"],
+)
+def test_scores_of_another_model_are_refused(other: Any, method: Any, says: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "heads.safetensors")
+    PruneHeads(0.5, scores="l1", save_scores=file).run(tiny_model("bert"), None)
+    with pytest.raises(CompressionError, match=f"heads.safetensors {says}.*; possible is a file that save_scores wrote"):
+        method(0.5, scores=file).run(other(), None)
+
+
+def test_a_file_that_holds_no_scores_has_its_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    with pytest.raises(CompressionError, match="is no file; possible is"):
+        PruneHeads(0.5, scores=str(file)).run(tiny_model("bert"), None)
+    file.write_bytes(b"no")
+    with pytest.raises(CompressionError, match="can't be read"):
+        PruneHeads(0.5, scores=str(file)).run(tiny_model("bert"), None)
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(CompressionError, match="holds no scores of hfcompress"):
+        PruneHeads(0.5, scores=str(file)).run(tiny_model("bert"), None)
+
+
 # ---------------------------------------------------------------- bad requests
 
 
@@ -319,11 +378,13 @@ class Nothing:
         ({"ratio": 0.95}, r"ratio 0.95 of 4 heads a layer would leave none, and 1 must stay; possible are ratios up to 0.75"),
         ({"ratio": 0.95, "ranking": "global"}, "would leave none"),
         ({"ratio": 0.05}, "cuts nothing; raise ratio or lower round_to"),
-        ({"scores": "gradiant"}, r"unknown score; possible are gradient, .*Did you mean 'gradient'"),
+        ({"scores": "gradiant"}, r"unknown score; possible are gradient, .* or a .safetensors file.*Did you mean 'gradient'"),
         ({"ranking": "global", "min_ratio": 0.6}, "leave no layer to lose the ratio 0.5"),
         ({"ranking": "global", "max_ratio": 0.4}, "min_ratio up to the ratio and max_ratio from it"),
         ({"max_ratio": 0.9}, "min_ratio and max_ratio have nothing to bound; leave them out"),
         ({"warmup": 0.5}, "warmup 0.5 is not before fade 0.3"),
+        ({"save_scores": "heads.bin"}, r"scores are kept in a .safetensors file"),
+        ({"scores": "a.safetensors", "iterations": 2}, "iterations score again what is left, and a.safetensors can't"),
         ({"samples": 0}, "greater than or equal to 1"),
     ],
     ids=str,

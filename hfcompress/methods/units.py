@@ -19,6 +19,7 @@ from hfcompress.methods.base import Method, Tick
 from hfcompress.proof import units_of
 from hfcompress.ranking import Target, chosen
 from hfcompress.repair import DAMPING, fold_constants, repair
+from hfcompress.saved import SUFFIX, save_scores, saved_scores
 from hfcompress.scores import SCORES, score
 from hfcompress.surgery import check_cuttable, check_no_adapter, cut
 
@@ -30,7 +31,11 @@ class UnitPruning(Method):
     fades: ClassVar[bool] = True
 
     ratio: float = Field(gt=0, lt=1, description="Share of the units to cut, 0..1.")
-    scores: str = Field("gradient", description="; ".join(f"{name}: {one.says}" for name, one in SCORES.items()) + ".")
+    scores: str = Field(
+        "gradient",
+        description="; ".join(f"{name}: {one.says}" for name, one in SCORES.items()) + "; or a file that save_scores wrote.",
+    )
+    save_scores: str | None = Field(None, description="A .safetensors file to keep the scores in, for other ratios.")
     ranking: Literal["layer", "global"] = Field(
         "layer", description="layer: every layer loses the same share; global: all layers compete."
     )
@@ -62,8 +67,16 @@ class UnitPruning(Method):
     @field_validator("scores")
     @classmethod
     def _check_scores(cls, given: str) -> str:
-        if given not in SCORES:
-            raise ValueError(f"unknown score; possible are {', '.join(SCORES)}.{did_you_mean(given, SCORES)}")
+        if given not in SCORES and not given.endswith(SUFFIX):
+            known = ", ".join(SCORES)
+            raise ValueError(f"unknown score; possible are {known}, or a {SUFFIX} file.{did_you_mean(given, SCORES)}")
+        return given
+
+    @field_validator("save_scores")
+    @classmethod
+    def _check_file(cls, given: str | None) -> str | None:
+        if given is not None and not given.endswith(SUFFIX):
+            raise ValueError(f"scores are kept in a {SUFFIX} file; give such a name")
         return given
 
     @model_validator(mode="after")
@@ -82,6 +95,11 @@ class UnitPruning(Method):
             raise ValueError(
                 "even keeps the same number in every layer, and ranking: global lets layers lose different shares; possible is "
                 "ranking: layer; leave one of the two out"
+            )
+        if self.iterations > 1 and self.scores.endswith(SUFFIX):
+            raise ValueError(
+                f"iterations score again what is left, and {self.scores} can't; possible are {', '.join(SCORES)}; name one of "
+                f"them, or leave iterations out"
             )
         if self.warmup >= self.fade:
             raise ValueError(
@@ -108,6 +126,8 @@ class UnitPruning(Method):
             )
         self._check_cuts(model, all_units)
         values = self._scored(model, all_units, batches)
+        if self.save_scores is not None:
+            save_scores(self.save_scores, model, all_units, values, score=self.scores, samples=self.samples, seed=self.seed)
         fading, part = Fading(model, all_units), 1
 
         def choose() -> None:
@@ -146,6 +166,8 @@ class UnitPruning(Method):
         return lambda: task.batches(model, self.samples, seed=self.seed)
 
     def _scored(self, model: nn.Module, all_units: list[Units], batches: Batches | None) -> list[Tensor]:
+        if self.scores.endswith(SUFFIX):
+            return saved_scores(self.scores, model, all_units)
         if SCORES[self.scores].needs_data and batches is None:
             with_labels = " with labels" if self.wants_labels else ""
             raise CompressionError(
