@@ -154,3 +154,38 @@ def test_even_looks_at_the_cut_alone() -> None:
     LowRank(rank=4, target_modules=["query"]).run(model, None)
     PruneNeurons(0.5, even=True, scores="l1").run(model, None)
     assert model.bert.encoder.layer[0].intermediate.dense.out_features == 64
+
+
+# ---------------------------------------------------------------- the bench
+
+
+def test_the_bench_goes_on_where_it_was_stopped_and_tells_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts import bench_prune
+
+    monkeypatch.setattr(bench_prune, "DOCS", tmp_path)
+    file = tmp_path / "deep" / "cells.json"
+    asked: list[float] = []
+
+    def measured() -> dict[str, Any]:
+        asked.append(1)
+        return {"cut": 0.5 + 0.1 * len(asked), "trained": 0.9, "seconds": 3.0}
+
+    for _ in range(2):
+        kept = bench_prune.Kept(file)
+        for score in ("random", "fisher"):
+            kept.once(f"scores/{score}/False/1", measured)
+    assert len(asked) == 2
+    kept.once("scores/whole", lambda: {"accuracy": 0.97})
+    kept.once("smol/whole", lambda: {"perplexity": 20.0})
+    kept.once("smol/fisher/True/32", lambda: {"perplexity": 25.0, "tokens": 16384, "minutes": 4.0})
+    kept.once("layers/influence", lambda: {"perplexity": 30.0, "layers": 20, "minutes": 1.0})
+    times = {"min": 150.0, "median": 160.0}
+    kept.once(
+        "speed",
+        lambda: {"batch": 8, "parameters": {"whole": 2e7, "cut": 1e7}, "whole": times, "cut": {"min": 75.0, "median": 80}},
+    )
+    bench_prune.write(kept.cells)
+    page = (tmp_path / "pruning.md").read_text()
+    assert "| fisher | 0.7000 |  | 0.9000 |  | 3 |" in page and "| times faster | 2.00 | 2.00 |" in page
+    assert "| fisher | yes | 25.00 | 16,384 | 4.0 |" in page and "| influence | 20 | 30.00 | 1.0 |" in page
+    assert "keep +0.1000 more accuracy than chance" in page
