@@ -310,10 +310,10 @@ def _label_mistakes(task: Task | None, steps: Any) -> list[str]:
                 " task out."
             )
         for one in (step, *riders):
-            if getattr(one, "scores", None) == "gradient":
+            if isinstance(one, Method) and one.wants_labels:
                 mistakes.append(
-                    f"steps.{number}: scores: gradient of {one.key()} needs labels, and task.labelled is false;"
-                    " choose scores: magnitude."
+                    f"steps.{number}: scores: {one.scores} of {one.key()} needs labels, and task.labelled is false;"  # type: ignore[attr-defined]
+                    " choose scores: activation or magnitude."
                 )
     return mistakes
 

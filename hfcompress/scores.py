@@ -1,35 +1,269 @@
-"""Importance scores of units, and how to rank by them."""
+"""What a unit is worth: scores of heads and neurons, by their weights, by what they do on data, by what the loss feels.
+
+L is the loss of one example, x what a unit hands to its output projection, W its columns there, w anything that it owns, and g
+a gate on it, at 1: the unit is cut where g becomes 0. All scores are 0 or more, of the shape of the units, float32, on the CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import Span, Units
+from hfcompress.calibration import Batches, attended, evaluating, examples, given, singles
 from hfcompress.errors import CompressionError
-from hfcompress.layers import features
+from hfcompress.lesson import foretells_next
 from hfcompress.processes import processes
 from hfcompress.surgery import gate
 
-Batches = Callable[[], Iterable[dict[str, Tensor]]]
+
+def magnitude(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """L2 norm of everything a unit owns: its rows in the input projections and its columns in the output."""
+    return [_owned(model, units, torch.square).sqrt() for units in all_units]
 
 
-def magnitude(model: nn.Module, all_units: list[Units], batches: Batches | None = None) -> list[Tensor]:
-    """L2 norm of everything a unit owns: its rows in the input projections and its columns in the output. (count,) each."""
+def l1(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """Sum of the absolute values of everything a unit owns. Li et al. 2017, Pruning Filters (arXiv 1608.08710)."""
+    return [_owned(model, units, torch.abs) for units in all_units]
+
+
+def at_random(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """By chance: what every other score must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(units.shape, generator=generator) for units in all_units]
+
+
+def gradient(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """Mean over examples of |dL/dg|: how much the loss would notice.
+
+    Michel, Levy, Neubig 2019 (arXiv 1905.10650), equation 2; one gate an example, as a sum over a batch would cancel.
+    """
+    return _mean(_slopes(model, all_units, batches, "gradient"), torch.abs)
+
+
+def fisher(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """Mean over examples of (dL/dg)^2: the empirical Fisher information of the gate, for the Hessian's diagonal.
+
+    LeCun, Denker, Solla 1989, Optimal Brain Damage: cutting costs h g^2 / 2, and the half and g = 1 are the same for all. On
+    gates of heads and neurons: Kwon et al. 2022 (arXiv 2204.09656).
+    """
+    return _mean(_slopes(model, all_units, batches, "fisher"), torch.square)
+
+
+def taylor(model: Any, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """Sum of |w * dL/dw| over every weight that a unit owns, L being the loss over all data: what cutting each of them would
+    change, to the first order. Molchanov et al. 2019 (arXiv 1906.10771), equation 8, in absolute values as Ma et al. 2023,
+    LLM-Pruner (arXiv 2305.11627), take them."""
+    own = {span.tensor: None for units in all_units for span in (*units.inputs, *units.outputs)}
+    weights = {name: weight for name in own if isinstance(weight := _tensor(model, name), nn.Parameter)}
+    frozen = [weight for weight in weights.values() if not weight.requires_grad]
+    totals, seen = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}, 0.0
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        with evaluating(model), torch.enable_grad():
+            for batch in given(batches, "scores: taylor"):
+                output = model(**batch)
+                known = _known(model, batch, output)
+                worth = float(known.sum()) if known is not None else examples(model, batch)
+                if not worth:
+                    continue
+                slopes = torch.autograd.grad(_loss(output, "taylor"), list(weights.values()), allow_unused=True)
+                for total, slope in zip(totals.values(), slopes, strict=True):
+                    if slope is not None:
+                        total.add_(slope, alpha=worth)
+                seen += worth
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    felt = {name: (weight.detach() * totals[name] / max(seen, 1.0)).abs() for name, weight in weights.items()}
     return [
-        torch.stack([_squares(model, units, span) for span in (*units.inputs, *units.outputs)]).sum(0).sqrt()
+        sum((_per_unit(units, span, felt[span.tensor]) for span in _spans(units) if span.tensor in felt), torch.zeros(()))
         for units in all_units
     ]
 
 
-def _squares(model: nn.Module, units: Units, span: Span) -> Tensor:
-    """Sum of the squares of what each unit owns along the span, of the shape of the units."""
-    tensor = model.get_submodule(span.module).get_parameter(span.tensor.rpartition(".")[2]).detach().float().square().cpu()
+@torch.no_grad()
+def activation(model: Any, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """Mean over tokens, padding excluded, of |W x|: the norm of what a unit adds to the output of its projection.
+
+    For a neuron this is mean |x| times the norm of its column, as Sun et al. 2023, Wanda (arXiv 2306.11695), weigh activations:
+    the norm of x alone would change if x were doubled and W halved. Coupled units: the sum over their projections.
+    """
+    for units in all_units:
+        if units.lanes > 1:
+            raise CompressionError(
+                f"scores: activation can't see what single experts of {units.name} hand on, as they compute inside one "
+                f"forward; possible are {', '.join(name for name in SCORES if name != 'activation')}; choose one of these."
+            )
+    now: dict[str, Any] = {}
+    readings = [[_Reading(model, units, span, now) for span in units.outputs] for units in all_units]
+    handles = [gate(model, reading.units, reading) for several in readings for reading in several]
+    try:
+        with evaluating(model):
+            for batch in given(batches, "scores: activation"):
+                now["batch"] = batch
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.stack([one.mean() for one in several]).sum(0).float().cpu() for several in readings]
+
+
+class _Reading:
+    """Sees what units hand to one output projection, as a gate that leaves everything as it is."""
+
+    def __init__(self, model: nn.Module, units: Units, span: Span, now: dict[str, Any]) -> None:
+        self.model, self.units, self.now = model, replace(units, outputs=(span,)), now
+        columns = _tensor(model, span.tensor).detach().float().movedim(span.axis, -1).flatten(0, -2)
+        columns = columns.unflatten(-1, (units.count, units.size))
+        self.gram = torch.einsum("ocs,oct->cst", columns, columns)
+        self.total, self.tokens = torch.zeros(units.count, dtype=torch.float64), 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norms = torch.einsum("...cs,cst,...ct->...c", x.float(), self.gram, x.float()).clamp_min(0).sqrt()
+        mask = attended(self.model, self.now["batch"], self.units.output, norms.shape[:-1])
+        norms = norms.flatten(0, -2) if mask is None else norms[mask]
+        self.total += norms.double().sum(0).cpu()
+        self.tokens += len(norms)
+        return x.new_ones(())
+
+    def mean(self) -> Tensor:
+        return self.total / max(self.tokens, 1)
+
+
+class _TogetherFails(Exception):
+    """The examples of a batch can't be told apart: they must run one by one."""
+
+
+class _Gates:
+    """A gate for every unit and example, the same one wherever and however often a forward asks for it."""
+
+    def __init__(self, all_units: list[Units]) -> None:
+        self.all_units, self.count = all_units, 1
+        self.leaves: list[Tensor | None] = []
+
+    def __call__(self, position: int, x: Tensor) -> Tensor:
+        """`x`: (..., count, size), or experts' weights (lanes, ..., count, size)."""
+        units = self.all_units[position]
+        together = self.count > 1
+        if together and (x.dim() < 4 or x.shape[0] != self.count):
+            raise _TogetherFails  # tokens or windows of all examples in one line
+        leaf = self.leaves[position]
+        if leaf is None:
+            leaf = torch.ones(self.count, *units.shape, device=x.device, requires_grad=True)
+            self.leaves[position] = leaf
+        leaf = leaf.to(x.device)
+        if units.lanes > 1:
+            return leaf.reshape(units.lanes, *[1] * (x.dim() - 3), units.count, 1)
+        return leaf.reshape(self.count, *[1] * (x.dim() - 3), units.count, 1) if together else leaf.reshape(units.count, 1)
+
+    def slopes(self, model: Any, batch: dict[str, Tensor], name: str) -> list[Tensor]:
+        """dL/dg of every example's own loss, (examples, *units.shape) each."""
+        self.count = examples(model, batch)
+        self.leaves = [None] * len(self.all_units)
+        output = model(**batch)
+        loss = _loss(output, name)
+        known = _known(model, batch, output)
+        if self.count > 1 and known is None:
+            raise _TogetherFails
+        if known is not None and not known.any():  # a mean over nothing
+            return [torch.zeros(self.count, *units.shape) for units in self.all_units]
+        reached = [leaf for leaf in self.leaves if leaf is not None]
+        found = iter(torch.autograd.grad(loss, reached, allow_unused=True) if reached else ())
+        slopes = [None if leaf is None else next(found) for leaf in self.leaves]
+        # the loss is a mean over what is known: an example's own is that over its own part
+        share = torch.ones(1) if known is None or self.count == 1 else known / known.sum().clamp_min(1)
+        own = torch.where(share > 0, 1 / share.clamp_min(1e-12), 0.0)
+        return [
+            torch.zeros(self.count, *units.shape)
+            if slope is None
+            else slope.float().cpu() * own.cpu().reshape(-1, *[1] * len(units.shape))
+            for units, slope in zip(self.all_units, slopes, strict=True)
+        ]
+
+
+def _slopes(model: Any, all_units: list[Units], batches: Batches | None, name: str) -> Iterator[list[Tensor]]:
+    """dL/dg at g = 1 of every example's own loss, a batch at a time: (examples, *units.shape) for each of the units.
+
+    Examples run together where their gates can be told apart, else one by one, with the same result.
+    """
+    gates = _Gates(all_units)
+    handles = [gate(model, units, partial(gates, position)) for position, units in enumerate(all_units)]
+    alone = any(units.lanes > 1 for units in all_units)
+    try:
+        with evaluating(model), torch.enable_grad():
+            for batch in given(batches, f"scores: {name}"):
+                if not alone:
+                    try:
+                        yield gates.slopes(model, batch, name)
+                        continue
+                    except _TogetherFails:
+                        alone = True
+                for one in singles(model, batch):
+                    yield gates.slopes(model, one, name)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mean(slopes: Iterator[list[Tensor]], of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    totals: list[Tensor] = []
+    seen = 0
+    for several in slopes:
+        values = [of(slope.double()).sum(0) for slope in several]
+        totals = [total + value for total, value in zip(totals, values, strict=True)] if totals else values
+        seen += len(several[0])
+    return [(total / seen).float() for total in totals]
+
+
+def _loss(output: Any, name: str) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise CompressionError(
+            f"scores: {name} needs a loss, and the batches hold no labels; add labels, or choose scores: activation or "
+            f"magnitude."
+        )
+    return loss
+
+
+def _known(model: Any, batch: dict[str, Tensor], output: Any) -> Tensor | None:
+    """(examples,): how many labels of each the loss is a mean over; None where that is not known."""
+    labels, logits = batch.get("labels"), getattr(output, "logits", None)
+    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or len(labels) != len(logits):
+        return None
+    if labels.is_floating_point() or (logits.dim() == 2 and labels.numel() == len(labels)):
+        return torch.ones(len(labels)) if labels.is_floating_point() else (labels.reshape(-1) != -100).float()
+    if labels.dim() == 2 and labels.shape == logits.shape[:2]:
+        known = labels != -100
+        return (known[:, 1:] if foretells_next(model) else known).sum(1).float()
+    return None
+
+
+def _spans(units: Units) -> tuple[Span, ...]:
+    return (*units.inputs, *units.outputs)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def _owned(model: nn.Module, units: Units, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum of `of` over everything that a unit owns."""
+    parts = [_per_unit(units, span, of(_tensor(model, span.tensor).detach().float())) for span in _spans(units)]
+    return torch.stack(parts).sum(0)
+
+
+def _per_unit(units: Units, span: Span, tensor: Tensor) -> Tensor:
+    """Sum over the entries that each unit owns along the span, of the shape of the units."""
+    tensor = tensor.cpu()
     if units.lanes > 1:
         per_entry = tensor.movedim(span.axis, 1).flatten(2).sum(2) if tensor.dim() > 2 else tensor
     else:
@@ -38,84 +272,43 @@ def _squares(model: nn.Module, units: Units, span: Span) -> Tensor:
     return per_entry[..., blocks].sum(-1)
 
 
-def gradient(model: nn.Module, all_units: list[Units], batches: Batches | None = None) -> list[Tensor]:
-    """Mean over examples of |dL/dg| for a gate g = 1 on each unit: how much the loss would notice. (count,) each.
+@dataclass(frozen=True)
+class Score:
+    """A way to score, and whether it needs data, and labels in them."""
 
-    Michel, Levy, Neubig 2019 (arXiv 1905.10650), equation 2; one gate an example, as a sum over a batch would cancel.
-    """
-    assert batches is not None, "the method that asks has checked it"
-    totals = [torch.zeros(units.shape) for units in all_units]
-    gates: list[Tensor] = []
-
-    def ones(position: int, units: Units, x: Tensor) -> Tensor:
-        shape = (x.shape[0], *([1] * (x.dim() - 3)), units.count, 1)
-        gates[position] = torch.ones(shape, device=x.device, requires_grad=True)
-        return gates[position]
-
-    handles = [
-        gate(model, units, lambda x, position=position, units=units: ones(position, units, x))  # type: ignore[misc]
-        for position, units in enumerate(all_units)
-    ]
-    was_training = model.training
-    model.eval()
-    seen = 0
-    try:
-        for batch in batches():
-            gates[:] = [torch.empty(0)] * len(all_units)
-            with torch.enable_grad():
-                loss = model(**batch).loss
-            if loss is None:
-                raise CompressionError(
-                    "scores: gradient needs a loss, and the batches hold no labels; add labels, or choose scores: magnitude."
-                )
-            for total, slope in zip(totals, torch.autograd.grad(loss, gates), strict=True):
-                total += slope.abs().flatten(1).sum(dim=0).float().cpu()
-            seen += 1
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    if not seen:
-        raise CompressionError("scores: gradient needs calibration data, and the task gave no batch; check its data set.")
-    return [_agreed(total) for total in totals]
+    of: Callable[..., list[Tensor]]
+    says: str
+    needs_data: bool = False
+    needs_labels: bool = False
 
 
-SCORES = {"magnitude": magnitude, "gradient": gradient}
+SCORES = {
+    "gradient": Score(gradient, "how much the loss would notice (Michel et al. 2019)", True, True),
+    "fisher": Score(fisher, "the same squared (Optimal Brain Damage)", True, True),
+    "taylor": Score(taylor, "|weight x gradient| of all it owns (Molchanov et al. 2019)", True, True),
+    "activation": Score(activation, "what it adds to its layer's output, no labels needed", True),
+    "magnitude": Score(magnitude, "the L2 norm of its weights, no data needed"),
+    "l2": Score(magnitude, "the same as magnitude"),
+    "l1": Score(l1, "the L1 norm"),
+    "random": Score(at_random, "a control, by seed"),
+}
 
 
-def _agreed(score: Tensor) -> Tensor:
+def score(name: str, model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """What every unit is worth by the score of that name; the same on all processes."""
+    found = SCORES[name].of(model, all_units, batches, seed)
+    for units, values in zip(all_units, found, strict=True):
+        if not values.isfinite().all():
+            raise CompressionError(
+                f"scores: {name} of {units.name} is not finite; the model's answers to the calibration data overflow; "
+                f"load it in float32, or choose scores: magnitude."
+            )
+    return [agreed(values) for values in found]
+
+
+def agreed(values: Tensor) -> Tensor:
     """The first process decides: kernels that add in another order must not make two processes cut different units."""
     state = processes()
     if state.num_processes == 1:
-        return score
-    return broadcast(score.to(state.device)).cpu()
-
-
-def _out_in(layer: Any) -> Tensor:
-    """A projection's weight as (out, in), in float32."""
-    features(layer)
-    weight = layer.weight.detach().float()
-    return weight.T if isinstance(layer, Conv1D) else weight
-
-
-def keep_per_layer(scores: list[Tensor], ratio: float, round_to: int) -> list[Tensor]:
-    """Indices to keep when every layer loses the same share; at least one unit, or `round_to` of them, stays."""
-    return [score.topk(_rounded(len(score) * (1 - ratio), len(score), round_to)).indices.sort().values for score in scores]
-
-
-def keep_globally(scores: list[Tensor], ratio: float, round_to: int) -> list[Tensor]:
-    """Indices to keep when all layers compete; each layer's scores are divided by their L2 norm first, as Michel et al. do."""
-    scaled = [score / score.norm().clamp_min(1e-12) for score in scores]
-    everything = torch.cat(scaled)
-    threshold = everything.sort(descending=True).values[max(1, round(len(everything) * (1 - ratio))) - 1]
-    return [
-        score.topk(_rounded(int((score >= threshold).sum()), len(score), round_to)).indices.sort().values for score in scaled
-    ]
-
-
-RANKINGS = {"layer": keep_per_layer, "global": keep_globally}
-
-
-def _rounded(wanted: float, count: int, round_to: int) -> int:
-    """The nearest multiple of `round_to`, never 0; all units where fewer than `round_to` exist."""
-    return min(count, max(1, round(wanted / round_to)) * round_to)
+        return values
+    return broadcast(values.to(state.device)).cpu()

@@ -6,7 +6,7 @@ A structure is plain JSON, a module's name to an edit: `{"kind": "linear", "in_f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +15,11 @@ from torch import nn
 from hfcompress.counts import COUNTS, count_in, largest, set_count
 from hfcompress.errors import CompressionError
 from hfcompress.layers import DTYPES, KINDS, THRESHOLD_LIMIT, blank, features, is_low_bit, kind_of
+from hfcompress.plain import changes, parts
 from hfcompress.stock import as_bitsandbytes
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
-
-# Sizes in which a plain transformers config may already express a cut, tried in this order.
-_WIDTHS = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -64,10 +62,8 @@ def describe(model: nn.Module) -> Structure:
     """Make `model.config` tell what the model is: by its own fields where they can, else by `quantization_config`."""
     config: Any = model.config
     config.quantization_config = None
-    edits, fields = diff(model), dict(config.__dict__)
-    left = edits
-    for change in _config_changes(model, edits):
-        left = _settle(model, change, left)
+    edits, before = diff(model), [(part, dict(vars(part))) for part in parts(config)]
+    left = settled(model, edits)
     _set_clashes(model, False)
     if left:
         # In the module's own names: what transformers makes of them for older checkpoints splits and joins dense weights only.
@@ -77,7 +73,9 @@ def describe(model: nn.Module) -> Structure:
         config.quantization_config = plain
     elif left:
         # The plug-in is needed anyway: then config.json stays that of the architecture as it came, and bounds every edit.
-        config.__dict__.update(fields)
+        for part, fields in before:
+            vars(part).clear()
+            vars(part).update(fields)
         rebuild(twin(model), edits)  # what could not be loaded again is refused here, not there
         _make_loud(model)
         config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits}
@@ -236,49 +234,46 @@ def _check_whole(model: nn.Module, blank: nn.Module) -> None:
             )
 
 
-def _config_changes(model: nn.Module, edits: Structure) -> Iterator[dict[str, int]]:
-    """Changes of plain config fields that may explain the edits: an even feed-forward width, an even head count."""
-    config: Any = model.config
-    if not edits:
-        return
-    sizes = sorted({value for edit in edits.values() for key in ("in_features", "out_features") if (value := edit.get(key))})
-    for field in _WIDTHS:
-        if _field(config, field) is not None:
-            yield from ({field: size} for size in sizes if size != _field(config, field))
-    head_dim = _field(config, "head_dim") or _field(config, "d_kv")
-    if head_dim and _field(config, "num_key_value_heads"):
-        heads = [size // head_dim for size in sizes if size % head_dim == 0]
-        for query in heads:
-            for key_value in heads:
-                if query % key_value == 0:
-                    yield {"num_attention_heads": query, "num_key_value_heads": key_value, "head_dim": head_dim}
+def settled(model: Any, edits: Structure) -> Structure:
+    """Change fields of the config that explain some of these edits, and return those that are left."""
+    for part, change in list(changes(model.config, _resized(model, edits))):
+        edits = _settle(model, part, change, edits)
+    return edits
 
 
-def _field(config: Any, name: str) -> int | None:
-    """One whole number that holds for all layers; reading one that differs from layer to layer raises."""
-    try:
-        value = getattr(config, name, None)
-    except RuntimeError:
-        return None
-    return value if type(value) is int else None
+def _resized(model: nn.Module, edits: Structure) -> list[tuple[int, int]]:
+    """(size as the config has it, size as it is now), of every axis and count that an edit changes."""
+    blank, found = twin(model), dict[tuple[int, int], None]()
+    for name, edit in edits.items():
+        old = _submodule(blank, name)
+        if old is None:
+            continue
+        if edit["kind"] == "counts":
+            pairs = [(largest(old, key) or 0, value) for key, value in edit.items() if key in COUNTS]
+            for key, shape in edit.get("shapes", {}).items():
+                pairs += zip(_own_shapes(old)[key], shape, strict=True)
+        else:
+            pairs = list(zip(features(old), (edit[size] for size in _size_names(edit["kind"])), strict=True))
+        found |= {pair: None for pair in pairs if pair[0] != pair[1]}
+    return sorted(found)
 
 
-def _settle(model: nn.Module, change: dict[str, int], edits: Structure) -> Structure:
+def _settle(model: nn.Module, part: Any, change: dict[str, int], edits: Structure) -> Structure:
     """Keep the change of config if it explains some edits and asks for no new ones."""
     if not edits:
         return edits
-    config: Any = model.config
-    before, unexplained = {field: getattr(config, field) for field in change}, _unexplained(model, edits)
+    before, unexplained = dict(vars(part)), _unexplained(model, edits)
     try:
         for field, value in change.items():
-            setattr(config, field, value)
+            setattr(part, field, value)
+        type(part).from_dict(part.to_dict())  # Llama's refuses, when it is loaded, heads that do not divide its hidden size
         fewer = diff(model)
         if set(fewer) <= set(edits) and _unexplained(model, fewer) < unexplained:
             return fewer
     except Exception:
         pass
-    for field, value in before.items():
-        setattr(config, field, value)
+    vars(part).clear()
+    vars(part).update(before)
     return edits
 
 

@@ -24,8 +24,9 @@ ALLOWED = {
     "errors": "",
     "layers": "errors",
     "counts": "",
+    "plain": "",
     "stock": "layers",
-    "structure": "errors counts layers stock",
+    "structure": "errors counts layers plain stock",
     "loading": "errors layers structure",
     "anatomy": "layers",
     "surgery": "errors counts layers anatomy",
@@ -35,7 +36,14 @@ ALLOWED = {
     "reader": "layers anatomy",
     "scaling": "errors counts layers anatomy",
     "proof": "errors counts layers structure anatomy surgery miniature examples reader scaling",
-    "scores": "errors layers anatomy surgery processes",
+    "calibration": "errors",
+    "scores": "errors anatomy calibration lesson processes surgery",
+    "ranking": "errors anatomy",
+    "lockstep": "",
+    "saved": "errors anatomy processes",
+    "even": "errors anatomy structure surgery",
+    "repair": "anatomy calibration examples lockstep scores surgery",
+    "fading": "anatomy proof surgery",
     "stacks": "errors layers",
     "blanks": "layers",
     "depth": "errors layers stacks blanks",
@@ -54,8 +62,8 @@ ALLOWED = {
     "teachers": "errors layers surgery",
     "fused": "lesson",
     "distilling": "errors layers anatomy proof fused lesson signals teachers terms",
-    "methods": "errors layers anatomy stacks surgery proof scores depth choosing influence experts width architecture teachers "
-    "terms distilling data tokens vocabulary methods.base methods.units",
+    "methods": "errors layers anatomy stacks surgery proof calibration scores ranking fading repair even saved depth choosing "
+    "influence experts width architecture teachers terms distilling data tokens vocabulary methods.base methods.units",
     "metrics": "errors",
     "data": "errors",
     "checkpoints": "errors data",
@@ -121,7 +129,7 @@ def test_the_two_sides_never_meet() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    expected = [f"hfcompress.{name}" for name in ("counts", "errors", "layers", "loading", "stock", "structure")]
+    expected = [f"hfcompress.{name}" for name in ("counts", "errors", "layers", "loading", "plain", "stock", "structure")]
     assert told.strip() == f"{expected} False False"
 
 

@@ -44,8 +44,18 @@ KINDS = (*ENCODERS, *DECODERS)
 WORDS = [f"word{number}" for number in range(128)]
 # One row a method; lists are several ways to use it.
 METHOD_ROWS: dict[str, list[Method]] = {
-    "prune_heads": [PruneHeads(0.5), PruneHeads(0.5, scores="magnitude", ranking="global")],
-    "prune_neurons": [PruneNeurons(0.4), PruneNeurons(0.4, ranking="global", round_to=1)],
+    "prune_heads": [
+        PruneHeads(0.5),
+        PruneHeads(0.5, scores="magnitude", ranking="global"),
+        PruneHeads(0.5, scores="fisher", ranking="global", max_ratio=0.75),
+        PruneHeads(0.5, scores="l1", repair=True, samples=16),
+    ],
+    "prune_neurons": [
+        PruneNeurons(0.4),
+        PruneNeurons(0.4, ranking="global", round_to=1),
+        PruneNeurons(0.4, scores="taylor", iterations=2, round_to=1, samples=16),
+        PruneNeurons(0.4, scores="activation", samples=16, repair=True),
+    ],
     "prune_experts": [
         PruneExperts(0.5),
         PruneExperts(number=2, scores="magnitude"),

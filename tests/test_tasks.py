@@ -580,7 +580,8 @@ def test_a_recipe_without_labels_is_checked_whole(unlabelled: Path) -> None:
     assert str(caught.value).splitlines() == [
         "recipe: steps.0: train has no labels to learn from, as task.labelled is false; learn from a teacher: with: [{distill:"
         " {alpha: 1}}].",
-        "recipe: steps.1: scores: gradient of prune_heads needs labels, and task.labelled is false; choose scores: magnitude.",
+        "recipe: steps.1: scores: gradient of prune_heads needs labels, and task.labelled is false; choose scores: "
+        "activation or magnitude.",
         "recipe: steps.2: distill also learns from labels, and task.labelled is false; set alpha: 1, or leave the term task out.",
     ]
     with pytest.raises(CompressionError) as caught:

@@ -74,6 +74,11 @@ class Method(Step):
         return False
 
     @property
+    def wants_labels(self) -> bool:
+        """Whether it needs a loss before training begins, to choose by."""
+        return False
+
+    @property
     def wants_attentions(self) -> bool:
         """Whether the model must return its attention maps, which only the eager implementation does."""
         return False
@@ -158,6 +163,12 @@ def check_together(methods: Iterable[Method]) -> None:
     keys = [method.key() for method in methods]
     if keys.count("distill") > 1:
         raise CompressionError("distill: it is listed twice, and a model has one loss; give one all teachers and terms.")
+    for cuts in ("prune_heads", "prune_neurons"):
+        if keys.count(cuts) > 1:
+            raise CompressionError(
+                f"{cuts}: it is listed twice, and both would choose among the same {cuts.removeprefix('prune_')}; give one the "
+                f"whole ratio, or do one in a step before."
+            )
     if pruned := next((key for key in keys if key.startswith("prune_") and "quantize" in keys[keys.index(key) :]), None):
         raise CompressionError(f"quantize: it would code the layers before {pruned} cuts them; list quantize first, or after.")
     others = [key for key in keys if key in ("prune_heads", "prune_neurons", "prune_weights", "low_rank", "quantize")]

@@ -10,10 +10,11 @@ from hfcompress.methods.units import UnitPruning
 class PruneNeurons(UnitPruning):
     """Cut feed-forward neurons out, in plain and gated layers.
 
-    Needs: a family in the anatomy; training data for gradient scores.
+    Needs: neurons that can be proven; data for repair and for scores on it, with labels where these use the loss.
     Buys: parameters and time of the feed-forward layers in proportion: two thirds of an encoder's layer.
-    Costs: more with every neuron; training with a teacher heals (docs/quickstart.md has it measured).
-    Paper: Molchanov et al. 2019, Importance Estimation for Neural Network Pruning (arXiv 1906.10771)
+    Costs: more with every neuron; repair wins some back without training, and training with a teacher more (docs/pruning.md).
+    Paper: Molchanov et al. 2019, Importance Estimation for Neural Network Pruning (arXiv 1906.10771); fading: Zhu, Gupta 2017
+        (arXiv 1710.01878); repair: Kurtic et al. 2023, ZipLM (arXiv 2302.04089)
     """
 
     kind: ClassVar[str] = "neurons"

@@ -1,22 +1,27 @@
-"""What prune_heads and prune_neurons share: score the units, gate the doomed, cut them out."""
+"""What prune_heads and prune_neurons share: score the units, choose, let the doomed fade, cut them out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from hfcompress import scores
 from hfcompress.anatomy import Units
-from hfcompress.errors import CompressionError
-from hfcompress.methods.base import NO_DATA, Method, Tick
-from hfcompress.proof import shaped, units_of
-from hfcompress.surgery import check_cuttable, check_no_adapter, cut, gate
+from hfcompress.calibration import Batches
+from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.even import check_even
+from hfcompress.fading import Fading
+from hfcompress.methods.base import Method, Tick
+from hfcompress.proof import units_of
+from hfcompress.ranking import Target, chosen
+from hfcompress.repair import DAMPING, fold_constants, repair
+from hfcompress.saved import SUFFIX, save_scores, saved_scores
+from hfcompress.scores import SCORES, score
+from hfcompress.surgery import check_cuttable, check_no_adapter, cut
 
 
 class UnitPruning(Method):
@@ -26,17 +31,86 @@ class UnitPruning(Method):
     fades: ClassVar[bool] = True
 
     ratio: float = Field(gt=0, lt=1, description="Share of the units to cut, 0..1.")
-    scores: Literal["gradient", "magnitude"] = Field(
-        "gradient", description="gradient: how much the loss would notice, on training data; magnitude: the L2 norm."
+    scores: str = Field(
+        "gradient",
+        description="; ".join(f"{name}: {one.says}" for name, one in SCORES.items()) + "; or a file that save_scores wrote.",
     )
+    save_scores: str | None = Field(None, description="A .safetensors file to keep the scores in, for other ratios.")
     ranking: Literal["layer", "global"] = Field(
         "layer", description="layer: every layer loses the same share; global: all layers compete."
     )
     round_to: int = Field(1, ge=1, description="Keep a multiple of this many units in every layer.")
-    samples: int = Field(256, ge=1, description="Training examples that gradient scores look at.")
-    fade: float = Field(
-        0.3, gt=0, le=1, description="Under train: the share of the steps over which doomed units fade out (cubic)."
+    min_ratio: float = Field(0.0, ge=0, lt=1, description="Under ranking global: the share that every layer loses at least.")
+    max_ratio: float = Field(1.0, gt=0, le=1, description="Under ranking global: the share that every layer loses at most.")
+    even: bool = Field(
+        False,
+        description="Every layer keeps the same number, one that transformers' own config can tell: the result loads without "
+        "hfcompress.",
     )
+    samples: int = Field(256, ge=1, description="Training examples that scores look at.")
+    seed: int = Field(0, description="Which examples these are; what random scores draw.")
+    iterations: int = Field(
+        1, ge=1, description="Cut in so many equal parts, and score what is left again after each; under train, while it fades."
+    )
+    warmup: float = Field(0.0, ge=0, lt=1, description="Under train: the share of the steps before doomed units begin to fade.")
+    fade: float = Field(
+        0.3, gt=0, le=1, description="Under train: the share of the steps by which they are gone (cubic); the rest cools down."
+    )
+
+    repair: bool = Field(
+        False,
+        description="Cut at once, and let least squares on the samples fit what is left of the output projections to the "
+        "original's answers.",
+    )
+    damping: float = Field(DAMPING, ge=0, description="Of repair: the ridge, as a share of the mean second moment.")
+
+    @field_validator("scores")
+    @classmethod
+    def _check_scores(cls, given: str) -> str:
+        if given not in SCORES and not given.endswith(SUFFIX):
+            known = ", ".join(SCORES)
+            raise ValueError(f"unknown score; possible are {known}, or a {SUFFIX} file.{did_you_mean(given, SCORES)}")
+        return given
+
+    @field_validator("save_scores")
+    @classmethod
+    def _check_file(cls, given: str | None) -> str | None:
+        if given is not None and not given.endswith(SUFFIX):
+            raise ValueError(f"scores are kept in a {SUFFIX} file; give such a name")
+        return given
+
+    @model_validator(mode="after")
+    def _check_together(self) -> UnitPruning:
+        if not self.min_ratio <= self.ratio <= self.max_ratio:
+            raise ValueError(
+                f"min_ratio {self.min_ratio} and max_ratio {self.max_ratio} leave no layer to lose the ratio {self.ratio}; "
+                f"possible are min_ratio up to the ratio and max_ratio from it; set them around it"
+            )
+        if self.ranking == "layer" and (self.min_ratio > 0 or self.max_ratio < 1):
+            raise ValueError(
+                "under ranking: layer every layer loses the same share, and min_ratio and max_ratio have nothing to bound; "
+                "leave them out, or set ranking: global"
+            )
+        if self.even and self.ranking == "global":
+            raise ValueError(
+                "even keeps the same number in every layer, and ranking: global lets layers lose different shares; possible is "
+                "ranking: layer; leave one of the two out"
+            )
+        if self.iterations > 1 and self.scores.endswith(SUFFIX):
+            raise ValueError(
+                f"iterations score again what is left, and {self.scores} can't; possible are {', '.join(SCORES)}; name one of "
+                f"them, or leave iterations out"
+            )
+        if self.warmup >= self.fade:
+            raise ValueError(
+                f"warmup {self.warmup} is not before fade {self.fade}, the share of the steps by which units are gone; "
+                f"possible is a warmup from 0 to below fade; lower warmup or raise fade"
+            )
+        return self
+
+    @property
+    def wants_labels(self) -> bool:
+        return self.scores in SCORES and SCORES[self.scores].needs_labels
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
@@ -44,33 +118,77 @@ class UnitPruning(Method):
         all_units = units_of(model, self.kind)
         for units in all_units:
             check_cuttable(model, units)
-        kept = self._choose(model, all_units, task)
-        gates = [torch.ones(units.shape) for units in all_units]
-        handles = [gate(model, units, partial(shaped, values, units)) for units, values in zip(all_units, gates, strict=True)]
+        batches = self._batches(model, task)
+        if self.repair and batches is None:
+            raise CompressionError(
+                f"{self.key()}: repair needs calibration data; give a task or batches, with or without labels, or leave repair "
+                f"out."
+            )
+        self._check_cuts(model, all_units)
+        values = self._scored(model, all_units, batches)
+        if self.save_scores is not None:
+            save_scores(self.save_scores, model, all_units, values, score=self.scores, samples=self.samples, seed=self.seed)
+        fading, part = Fading(model, all_units), 1
+
+        def choose() -> None:
+            fading.doom(chosen(all_units, values, self._target(part), fading.staying))
+            if not self.repair:  # which takes the means over anyway
+                fading.silence(fold_constants(model, all_units, fading.doomed))
+
+        def reach(wanted: int) -> None:
+            nonlocal part, values
+            while part < wanted:
+                fading.show(0.0)
+                values, part = self._scored(model, all_units, batches), part + 1
+                choose()
 
         def tick(progress: float) -> None:
-            left = (1 - min(1.0, progress / self.fade)) ** 3
-            for values, keep in zip(gates, kept, strict=True):
-                values.fill_(left)
-                values.scatter_(-1, keep, 1.0)
+            done = min(1.0, max(0.0, progress - self.warmup) / (self.fade - self.warmup)) * self.iterations
+            reach(min(int(done) + 1, self.iterations))
+            fading.show((part - done) ** 3)
 
         try:
+            choose()
+            if self.repair:
+                reach(self.iterations)
+                fading.silence(fading.doomed)
+                repair(model, all_units, fading.kept, batches, self.damping)
             yield tick
         finally:
-            for handle in handles:
-                handle.remove()
-        for units, keep in zip(all_units, kept, strict=True):
+            fading.remove()
+        for units, keep in zip(all_units, fading.kept, strict=True):
             if keep.shape[-1] < units.count:
                 cut(model, units, keep)
 
-    def _choose(self, model: nn.Module, all_units: list[Units], task: Any) -> list[Tensor]:
-        if task is None and self.scores == "gradient":
-            raise CompressionError(NO_DATA)
-        batches = (lambda: task.batches(model, self.samples)) if task is not None else None
-        kept = scores.RANKINGS[self.ranking](scores.SCORES[self.scores](model, all_units, batches), self.ratio, self.round_to)
-        if all(keep.shape[-1] == units.count for keep, units in zip(kept, all_units, strict=True)):
+    def _batches(self, model: nn.Module, task: Any) -> Batches | None:
+        if task is None or not getattr(task, "has_data", True):
+            return None
+        return lambda: task.batches(model, self.samples, seed=self.seed)
+
+    def _scored(self, model: nn.Module, all_units: list[Units], batches: Batches | None) -> list[Tensor]:
+        if self.scores.endswith(SUFFIX):
+            return saved_scores(self.scores, model, all_units)
+        if SCORES[self.scores].needs_data and batches is None:
+            with_labels = " with labels" if self.wants_labels else ""
+            raise CompressionError(
+                f"scores: {self.scores} needs calibration data; give a task or batches{with_labels}, or choose scores: "
+                f"magnitude."
+            )
+        return score(self.scores, model, all_units, batches, self.seed)
+
+    def _target(self, part: int) -> Target:
+        """What is gone after so many of the iterations."""
+        share = part / self.iterations
+        return Target(self.key(), self.ratio * share, self.ranking, self.round_to, self.min_ratio * share, self.max_ratio)
+
+    def _check_cuts(self, model: nn.Module, all_units: list[Units]) -> None:
+        """Before anything is scored: whatever the scores will say, so many units stay."""
+        any_scores = [torch.ones(units.shape) for units in all_units]
+        counts = [keep.shape[-1] for keep in chosen(all_units, any_scores, self._target(self.iterations))]
+        if all(count == units.count for count, units in zip(counts, all_units, strict=True)):
             raise CompressionError(
                 f"{self.key()}: ratio {self.ratio} of {all_units[0].count} {self.kind} a layer, rounded to {self.round_to}, "
                 f"cuts nothing; raise ratio or lower round_to."
             )
-        return kept
+        if self.even:
+            check_even(model, all_units, counts, self.key())

