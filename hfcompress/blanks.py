@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 
 from hfcompress.layers import blank
 
+# What single layers have of their own, by their numbers; which layers' outputs a backbone gives.
+_BEHIND = ("_heterogeneity_spec", "_out_features", "_out_indices")
 _TIED = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
@@ -131,7 +133,7 @@ def follow_config(config: Any, before: Any, after: Any) -> None:
     for key, value in vars(after).items():
         if isinstance(value, PreTrainedConfig):
             follow_config(getattr(config, key), getattr(before, key), value)
-        elif key == "_heterogeneity_spec":  # what single layers have of their own, by their numbers
+        elif key in _BEHIND and vars(before).get(key) != value:
             vars(config)[key] = copy.deepcopy(value)
         elif not key.startswith("_") and vars(before).get(key) != value:
             setattr(config, key, copy.deepcopy(value))

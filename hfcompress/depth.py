@@ -153,7 +153,7 @@ def _shorten(config: Any, counter: Counter, keep: list[int], count: int, marks: 
     """
     spec = vars(config).pop("_heterogeneity_spec", None)  # it forbids to read the fields in which single layers differ
     for name, value in list(vars(config).items()):
-        if name != counter.key and isinstance(value, list | tuple) and any(mark in name for mark in marks):
+        if isinstance(value, list | tuple) and name != counter.key and name[0] != "_" and any(mark in name for mark in marks):
             setattr(config, name, type(value)(_entries(list(value), keep, count)))
         if isinstance(value, str) and len(value) == count and "pattern" in name:  # a letter a layer
             setattr(config, name, "".join(value[index] for index in keep))
@@ -162,9 +162,20 @@ def _shorten(config: Any, counter: Counter, keep: list[int], count: int, marks: 
             setattr(config, name, [[[sorts[index]], 1] for index in keep] if len(sorts) == count else value)
     if getattr(config, "max_window_layers", None) is not None:  # Qwen: how many layers see everything
         config.max_window_layers = min(config.max_window_layers, len(keep))
+    _shorten_outputs(config, keep, count)
     if spec is not None:
         own = spec.per_layer_overrides
         config.per_layer_config = {number: copy.deepcopy(own[index]) for number, index in enumerate(keep) if index in own}
+
+
+def _shorten_outputs(config: Any, keep: list[int], count: int) -> None:
+    """A backbone names the stem and each layer, and says which of their outputs are wanted: the last, if nobody else did."""
+    names = list(vars(config).get("stage_names") or [])
+    if len(names) == count + 1:
+        places = {0: 0, count: len(keep), **{index + 1: number + 1 for number, index in enumerate(keep)}}
+        wanted = [places[index] for index in config.out_indices]
+        left = names[: len(keep) + 1]
+        vars(config).update(stage_names=left, _out_indices=wanted, _out_features=[left[place] for place in wanted])
 
 
 def _entries(values: list[Any], keep: list[int], count: int) -> list[Any]:

@@ -28,8 +28,8 @@ class Mixture:
 
     name: str
     """The module that holds them."""
-    tensors: dict[str, int]
-    """Every tensor with a part for each expert, the router's among them, and along which axis the parts stand."""
+    tensors: dict[str, tuple[int, int]]
+    """Every tensor with a part for each expert, the router's among them: along which axis, and how many rows a part has."""
     apart: bool = False
     """Whether every expert is a module of its own."""
 
@@ -81,11 +81,11 @@ def keep_experts(model: Any, experts: Mixtures, kept: list[Tensor]) -> None:
     before = reloaded(model, model.config)
     after = _fewer(model, experts.counter, len(kept[0]))
     for mixture, keep in zip(experts.layers, kept, strict=True):
-        for name, axis in mixture.tensors.items():
+        for name, (axis, each) in mixture.tensors.items():
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             old = getattr(module, leaf)
-            new = old.detach().index_select(axis, _rows(old.shape[axis], experts.count, keep).to(old.device)).contiguous()
+            new = old.detach().index_select(axis, _rows(old.shape[axis], experts.count, each, keep).to(old.device)).contiguous()
             setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         if mixture.apart:
             held, new_names = model.get_submodule(mixture.name), after.get_submodule(mixture.name)._modules
@@ -95,9 +95,8 @@ def keep_experts(model: Any, experts: Mixtures, kept: list[Tensor]) -> None:
     follow(model, before, after)
 
 
-def _rows(total: int, count: int, keep: Tensor) -> Tensor:
-    """Where the parts of the experts kept are, as many rows each; what a router knows beside experts (sinks) comes after."""
-    each = max(1, total // count) if total % count == 0 else 1
+def _rows(total: int, count: int, each: int, keep: Tensor) -> Tensor:
+    """Where the parts of the experts kept are; what a router knows beside experts (sinks) comes after them and stays."""
     return torch.cat([(keep[:, None] * each + torch.arange(each)).flatten(), torch.arange(each * count, total)])
 
 
@@ -109,7 +108,7 @@ def magnitude(model: nn.Module, experts: Mixtures) -> list[Tensor]:
         if mixture.apart:
             members = model.get_submodule(mixture.name).children()
             total += torch.tensor([sum(p.detach().float().square().sum().item() for p in one.parameters()) for one in members])
-        for name, axis in mixture.tensors.items():
+        for name, (axis, _) in mixture.tensors.items():
             if name.startswith(f"{mixture.name}.") and "router" not in name:
                 parts_of = model.get_parameter(name).detach().float().movedim(axis, 0).unflatten(0, (experts.count, -1))
                 total += parts_of.flatten(1).square().sum(1).cpu()
@@ -204,21 +203,21 @@ def _layers(before: nn.Module, after: nn.Module, count: int, number: int) -> tup
     )
     if mine.keys() != theirs.keys():
         return ()
-    tensors = {}
+    tensors: dict[str, tuple[int, int]] = {}
     for name, shape in mine.items():
         axes = [axis for axis, (old, new) in enumerate(zip(shape, theirs[name], strict=True)) if old != new]
         if axes:
             old, new = shape[axes[0]], theirs[name][axes[0]]
             if len(axes) > 1 or (old * number != new * count and old - new != count - number):
                 return ()
-            tensors[name] = axes[0]
+            tensors[name] = (axes[0], old // count if old * number == new * count else 1)
     homes = apart or _homes(before, tensors)
-    held: dict[str, dict[str, int]] = {home: {} for home in homes}
-    for name, axis in tensors.items():
+    held: dict[str, dict[str, tuple[int, int]]] = {home: {} for home in homes}
+    for name, part in tensors.items():
         near = sorted(homes, key=lambda home: -_together(home, name))[:2]
         if not near or (len(near) > 1 and _together(near[0], name) == _together(near[1], name)):
             return ()  # it serves several layers
-        held[near[0]][name] = axis
+        held[near[0]][name] = part
     order = [name for name, _ in before.named_modules() if name in held]
     return tuple(Mixture(home, held[home], home in apart) for home in order)
 
@@ -233,7 +232,7 @@ def _apart(before: nn.Module, after: nn.Module, count: int, number: int) -> list
     ]
 
 
-def _homes(model: nn.Module, tensors: dict[str, int]) -> list[str]:
+def _homes(model: nn.Module, tensors: Iterable[str]) -> list[str]:
     """Modules that hold experts as stacked tensors; of two side by side (JetMoE), or one inside (DBRX), their parent."""
     owners, sizes = dict.fromkeys(name.rpartition(".")[0] for name in tensors), shapes(model)
     homes = [

@@ -86,6 +86,7 @@ ODD: dict[str, tuple[str, str, dict[str, Any], list[int]]] = {
         {**IMAGE, "embed_dim": 8, "depths": [2, 4], "num_heads": [2, 4], "window_size": 2},
         [0, 3],
     ),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", {**SIZES, **IMAGE, "patch_size": 8, "mlp_ratio": 2}, [1, 3]),
     "convnext": ("ConvNextForImageClassification", "ConvNextConfig", {**IMAGE, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 4, 1]}, [0, 2]),
     "pvt_v2": ("PvtV2ForImageClassification", "PvtV2Config", {**IMAGE, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 4, 1], "num_attention_heads": [1, 2, 2, 2]}, [1, 3]),
     "poolformer": ("PoolFormerForImageClassification", "PoolFormerConfig", {**IMAGE, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 4, 1, 1]}, [0, 2]),
