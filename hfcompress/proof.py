@@ -215,7 +215,7 @@ def _fails(specimen: Any, batch: dict[str, Tensor], units: list[Units]) -> str |
                     return "silencing units is not felt, so a proof would say nothing"
         pairs = [pair for group in groups for pair in group]
         with _silent(specimen, pairs):
-            silenced, said = answers(specimen, batch), spoken(specimen, batch)
+            silenced, said = answers(specimen, batch), spoken(copy.deepcopy(specimen), batch)  # BigBird becomes another
     except Exception as error:
         return f"the units can't be silenced ({_said(error)})"
     smaller = copy.deepcopy(specimen)
