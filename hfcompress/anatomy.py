@@ -167,7 +167,8 @@ def reads_weight(owner: nn.Module, leaf: str, even_dtype: bool = False) -> bool:
 
 @cache
 def _weights_read(owner: Any, even_dtype: bool) -> frozenset[str]:
-    dtype = r"\.(\w+)\.(?:weight\b(?!\.device\b)|parameters\(\))"
-    reads = re.compile("self" + (dtype if even_dtype else r"\.(\w+)\.weight\b(?!\.(?:device|dtype)\b)"))
-    ours = (one for one in owner.__mro__ if one.__module__.startswith("transformers.models."))
-    return frozenset(leaf for one in ours for leaf in reads.findall(inspect.getsource(one)))
+    reads = [r"self\.(\w+)\.weight\b(?!\.(?:device|dtype)\b)"]
+    if even_dtype:
+        reads = [r"self\.(\w+)\.weight\b(?!\.device\b)", r"next\(self\.(\w+)\.parameters\(\)\)"]
+    ours = [inspect.getsource(one) for one in owner.__mro__ if one.__module__.startswith("transformers.models.")]
+    return frozenset(leaf for source in ours for read in reads for leaf in re.findall(read, source))
