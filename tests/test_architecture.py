@@ -38,7 +38,7 @@ ALLOWED = {
     "lockstep": "",
     "saved": "errors anatomy processes",
     "even": "errors anatomy structure surgery",
-    "repair": "anatomy calibration examples lockstep scores surgery",
+    "repair": "anatomy calibration examples lockstep scores",
     "fading": "anatomy proof surgery",
     "depth": "errors layers anatomy",
     "width": "errors layers anatomy surgery proof scores depth",
