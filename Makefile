@@ -24,6 +24,7 @@ fix: $(STAMP)  ## let ruff repair what it can
 bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench.py
 	$(BIN)/python scripts/bench_distil.py
+	$(BIN)/python scripts/bench_prune.py
 
 # torch comes first and pinned: an unpinned torch brings gigabytes of CUDA to a machine without a GPU.
 $(STAMP): pyproject.toml constraints.txt
