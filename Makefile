@@ -25,6 +25,7 @@ bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench.py
 	$(BIN)/python scripts/bench_distil.py
 	$(BIN)/python scripts/bench_vocab.py
+	$(BIN)/python scripts/bench_prune.py
 
 # torch comes first and pinned: an unpinned torch brings gigabytes of CUDA to a machine without a GPU.
 $(STAMP): pyproject.toml constraints.txt

@@ -19,7 +19,6 @@ from hfcompress.calibration import Batches, attended, evaluating, given
 from hfcompress.examples import example
 from hfcompress.lockstep import Paused
 from hfcompress.scores import agreed
-from hfcompress.surgery import copied
 
 DAMPING = 0.01
 """The ridge, as a share of the mean of the diagonal of the second moments: SparseGPT's (arXiv 2301.00774)."""
@@ -27,7 +26,7 @@ DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Repaired:
-    """One output projection, and the mean squared error of what it adds, as a share of the mean square of what it added."""
+    """One output projection, and the mean squared error of what it adds, as a share of the mean square of that."""
 
     module: str
     before: float
@@ -41,21 +40,20 @@ def repair(
 ) -> list[Repaired]:
     """Solve the columns that stay in every output projection anew, in place. The units that go must be silent already.
 
-    With y = W x + b what the projection says in the original model, and z what the columns that stay read in the model as cut
-    and repaired so far, W' and b' minimise
+    With z what the columns that stay read, and r = W_cut x_cut what the others would add, D and d minimise
 
-        mean |y - W' z - b'|^2 + ridge |W' - W|^2     over all tokens, padding excluded
+        mean |r - D z - d|^2 + ridge |D|^2     over all tokens, padding excluded
 
-    which is closed in the second moments: W' = W + (C - W S) (S + ridge)^-1, with S = mean z z^T and C = mean y z^T. Where the
-    projection has a bias, moments are about the means and b' = mean y - W' mean z: the mean of what was cut is folded into the
-    bias. Where it has none, none is added, and raw moments let the columns stand in for the mean as well. The ridge is towards
-    the old W, not towards 0, so that the error can't become larger than before on these tokens, whatever the ridge.
+    which is closed in the second moments, D = mean r z^T (mean z z^T + ridge)^-1, and W_kept + D and b + d take their places.
+    Where the projection has a bias, moments are about the means and d = mean r - D mean z: the mean of what is cut is folded
+    into the bias. Where it has none, none is added: d is 0, and raw moments let the columns stand in for the mean as well. As
+    D = 0 is the cut alone and costs no ridge, the error can't become larger than that on these tokens, whatever the ridge.
 
-    Layers are repaired in the order of the model, each on what those before it make of the data since they were repaired, and
-    aims at the original's answer: it mends what earlier layers could not. Least squares layer by layer: OBC (Frantar, Alistarh
-    2022, arXiv 2208.11580), ZipLM (Kurtic et al. 2023, arXiv 2302.04089), SlimGPT (Ling et al. 2024, arXiv 2412.18110). Costs
-    one forward of the original and one of the model in all, as the batches wait for each other before every projection. One
-    that serves many layers, as in ALBERT, can't follow itself: there z is what the original reads.
+    Layers are repaired in the order of the model, each on what those before it make of the data since they were repaired. All
+    batches wait for each other before every projection, so this costs one forward in all, with every sample in memory. Least
+    squares layer by layer: OBC (Frantar, Alistarh 2022, arXiv 2208.11580), ZipLM (Kurtic et al. 2023, 2302.04089), SlimGPT
+    (Ling et al. 2024, 2412.18110). Aiming at what the projection said in the original model, so that later layers mend
+    what earlier ones could not, fits the samples and not the text: on SmolLM2 it won back less than half as much.
     """
     places = {}
     for units, keep in zip(all_units, kept, strict=True):
@@ -64,14 +62,15 @@ def repair(
             if why:
                 logging.getLogger(__name__).warning("repair: %s is left as it is: %s.", span.tensor, why)
             elif keep.shape[-1] < units.count:
-                places[span.module] = _Place(model, units, span, span.index(keep, units.count))
+                places[span.module] = _Place(model, span, span.index(keep, units.count))
     if not places:
         return []
-    stops = _Stops(places)
-    with evaluating(model), stops.in_both(copied(model), model) as (original, _):
-        runs = [_Pair(original, model, stops, batch) for batch in given(batches, "repair")]
+    stops = _Stops()
+    with evaluating(model), stops.before(model, places):
+        times = _times(model, places, next(iter(given(batches, "repair"))))
+        runs = [_Run(stops, model, batch) for batch in given(batches, "repair")]
         try:
-            return _in_order(model, places, runs, damping)
+            return _in_order(model, places, runs, times, damping)
         finally:
             for run in runs:
                 run.leave()
@@ -86,12 +85,11 @@ def _hopeless(model: nn.Module, units: Units, span: Span) -> str:
     return ""
 
 
-def _in_order(model: nn.Module, places: dict[str, _Place], runs: list[_Pair], damping: float) -> list[Repaired]:
+def _in_order(
+    model: nn.Module, places: dict[str, _Place], runs: list[_Run], times: Counter[str], damping: float
+) -> list[Repaired]:
     """All batches walk from projection to projection; where all have arrived, it is solved, and they walk on."""
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    times = _times(model, places, runs[0].batch)
-    for name, count in times.items():
-        places[name].serves_many = count > 1
     left, told = set(times), []
     at = {run: run.step() for run in runs}
     while left and (reached := {name for name in at.values() if name is not None}):
@@ -100,7 +98,7 @@ def _in_order(model: nn.Module, places: dict[str, _Place], runs: list[_Pair], da
         here = [run for run in runs if at[run] == name]
         if name in left:
             for run in here:
-                run.note(places[name])
+                places[name].add(run.batch, run.seen)
             times[name] -= 1
             if not times[name]:
                 told.append(places[name].solve(damping))
@@ -111,7 +109,7 @@ def _in_order(model: nn.Module, places: dict[str, _Place], runs: list[_Pair], da
 
 
 def _times(model: nn.Module, places: dict[str, _Place], batch: dict[str, Tensor]) -> Counter[str]:
-    """How often each projection runs in a forward."""
+    """How often each projection runs in a forward: one that serves many layers, as in ALBERT, is solved when all have read."""
     times: Counter[str] = Counter()
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: times.update([name])) for name in places
@@ -125,18 +123,19 @@ def _times(model: nn.Module, places: dict[str, _Place], batch: dict[str, Tensor]
 
 
 class _Stops:
-    """Hooks that stop whichever run has come to a projection: the original when it has answered, the model before it reads."""
+    """Hooks that stop whichever run has come to a projection."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
+    def __init__(self) -> None:
         self._pause: Callable[[Any], None] | None = None
 
     @contextmanager
-    def in_both(self, original: nn.Module, model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-        handles = [original.get_submodule(name).register_forward_hook(partial(self._answered, name)) for name in self._names]
-        handles += [model.get_submodule(name).register_forward_pre_hook(partial(self._reads, name)) for name in self._names]
+    def before(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+        """The hooks see what was to be read before gates have silenced any of it."""
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(partial(self._reads, name), prepend=True) for name in names
+        ]
         try:
-            yield original, model
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -148,57 +147,37 @@ class _Stops:
             model(**batch, **lean)
         self._pause = None
 
-    def _answered(self, name: str, _: nn.Module, args: tuple[Any, ...], answer: Tensor) -> None:
-        self._stop((name, answer, args[0]))
-
     def _reads(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._stop((name, args[0]))
-
-    def _stop(self, said: Any) -> None:
         mine, self._pause = self._pause, None
         if mine is not None:
-            mine(said)  # other runs go on meanwhile
+            mine((name, args[0]))  # other runs go on meanwhile
             self._pause = mine
 
 
-class _Pair:
-    """A batch on its way through the original and through the model at once."""
+class _Run:
+    """A batch on its way through the model."""
 
-    def __init__(self, original: nn.Module, model: nn.Module, stops: _Stops, batch: dict[str, Tensor]) -> None:
-        self.batch, self._model = batch, model
-        self._runs = [Paused(partial(stops.walk, one, batch)) for one in (original, model)]
-        self._now: list[Any] = [None, None]
+    def __init__(self, stops: _Stops, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        self.batch = batch
+        self._run = Paused(partial(stops.walk, model, batch))
+        self.seen = torch.empty(0)
 
     def step(self) -> str | None:
         """On to the next projection; its name, or None at the end."""
-        self._now = [run.step() for run in self._runs]
-        return self._now[1] and self._now[1][0]
-
-    def note(self, place: _Place) -> None:
-        """Add what the two have come to."""
-        if self._now[0] is None or self._now[0][0] != self._now[1][0]:
-            return
-        (_, answer, originally), (_, seen) = self._now
-        answer, seen = place.rows(answer), place.rows(originally if place.serves_many else seen)
-        if answer.shape[:-1] != seen.shape[:-1]:
-            return  # the router sent other tokens here than in the original
-        mask = attended(self._model, self.batch, place.span.module, seen.shape[:-1])
-        place.add(*((one.flatten(0, -2) if mask is None else one[mask]) for one in (answer, seen)))
+        name, self.seen = self._run.step() or (None, torch.empty(0))
+        return name
 
     def leave(self) -> None:
-        for run in self._runs:
-            run.leave()
+        self._run.leave()
 
 
 @dataclass
 class _Place:
-    """An output projection, and the moments of what it should say (y) and of what its remaining columns read (z)."""
+    """An output projection, and the moments of what its remaining columns read (z) and of what is lost with the others (r)."""
 
-    model: nn.Module
-    units: Units
+    model: Any
     span: Span
     columns: Tensor
-    serves_many: bool = False
     tokens: int = 0
     moments: dict[str, Tensor] = field(default_factory=dict)
 
@@ -206,15 +185,22 @@ class _Place:
     def module(self) -> Any:
         return self.model.get_submodule(self.span.module)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """(..., features), of convolutions as well."""
-        return x.movedim(1, -1) if isinstance(self.module, nn.Conv1d | nn.Conv2d) else x
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), as columns."""
+        return self.module.weight.detach().movedim(self.span.axis, -1).flatten(0, -2)
 
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """`y`: (tokens, out); `x`: (tokens, all columns)."""
-        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        z, y = x.index_select(-1, self.columns.to(x.device)).to(kind), y.to(kind)
-        found = {"zz": z.T @ z, "yz": y.T @ z, "z": z.sum(0), "y": y.sum(0), "yy": y.square().sum()}
+    def add(self, batch: dict[str, Tensor], x: Tensor) -> None:
+        """`x`: (..., all columns), or of a convolution (batch, all columns, ...)."""
+        x = x.movedim(1, -1) if isinstance(self.module, nn.Conv1d | nn.Conv2d) else x
+        mask = attended(self.model, batch, self.span.module, x.shape[:-1])
+        x = x.flatten(0, -2) if mask is None else x[mask]
+        x = x if x.dtype == torch.float64 else x.float()
+        columns, weight = self.columns.to(x.device), self.weight.to(x)
+        gone = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device).index_fill_(0, columns, False)
+        z, r = x[:, columns], x[:, gone] @ weight[:, gone].T
+        power = (z @ weight[:, columns].T + r).square().sum()
+        found = {"zz": z.T @ z, "rz": r.T @ z, "z": z.sum(0), "r": r.sum(0), "rr": r.square().sum(), "power": power}
         for name, value in found.items():
             self.moments[name] = self.moments[name] + value.double() if self.tokens else value.double()
         self.tokens += len(z)
@@ -222,25 +208,20 @@ class _Place:
     def solve(self, damping: float) -> Repaired:
         if not self.tokens:
             return Repaired(self.span.module, 0.0, 0.0, 0)
-        weight, bias = self.module.weight, getattr(self.module, "bias", None)
-        columns = self.columns.to(weight.device)
-        spread = weight.detach().index_select(self.span.axis, columns).movedim(self.span.axis, -1)
-        old = spread.flatten(0, -2).double()
-        s, c, z, y, power = (self.moments[name] / self.tokens for name in ("zz", "yz", "z", "y", "yy"))
-        scale, off = power, torch.zeros_like(y)
-        if bias is not None:
-            off = y - old @ z - bias.detach().double()
-            s, c, power = s - z[:, None] * z, c - y[:, None] * z, power - y.square().sum()
-        new = old + _divided(c - old @ s, s, damping)
-        before, after = (power - 2 * (w * c).sum() + (w * (w @ s)).sum() for w in (old, new))
-        weight.data.index_copy_(
-            self.span.axis, columns, agreed(new).to(weight).reshape(spread.shape).movedim(-1, self.span.axis)
-        )
-        if bias is not None:
-            bias.data.copy_(agreed(y - new @ z))
-        self.moments.clear()
-        scale = scale.clamp_min(1e-30)
-        was, now = (float((error / scale).clamp_min(0)) for error in (before + off.square().sum(), after))
+        layer, axis = self.module, self.span.axis
+        zz, rz, z, r, before, power = (self.moments.pop(name) / self.tokens for name in ("zz", "rz", "z", "r", "rr", "power"))
+        after, has_bias = before, getattr(layer, "bias", None) is not None
+        if has_bias:
+            zz, rz, after = zz - z[:, None] * z, rz - r[:, None] * z, before - r.square().sum()
+        more = agreed(_divided(rz, zz, damping))
+        after = after - 2 * (more * rz).sum() + (more * (more @ zz)).sum()
+        columns = self.columns.to(layer.weight.device)
+        old = layer.weight.detach().index_select(axis, columns).movedim(axis, -1)
+        new = (old.flatten(0, -2).double() + more.to(old.device)).to(old).reshape(old.shape)
+        layer.weight.data.index_copy_(axis, columns, new.movedim(-1, axis))
+        if has_bias:
+            layer.bias.data += agreed(r - more.to(z) @ z).to(layer.bias)
+        was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
         return Repaired(self.span.module, was, now, self.tokens)
 
 

@@ -42,7 +42,7 @@ ALLOWED = {
     "lockstep": "",
     "saved": "errors anatomy processes",
     "even": "errors anatomy structure surgery",
-    "repair": "anatomy calibration examples lockstep scores surgery",
+    "repair": "anatomy calibration examples lockstep scores",
     "fading": "anatomy proof surgery",
     "stacks": "errors layers",
     "blanks": "layers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -101,30 +100,28 @@ def test_the_error_is_never_larger_than_before(kind: str, part: str) -> None:
 
 
 def naive(model: Any, part: str, kept: list[Tensor], data: list[dict[str, Tensor]], damping: float) -> None:
-    """The same by whole forwards for every layer, with padding and the moments by hand."""
-    original, all_units = copy.deepcopy(model), units_of(model, part)
+    """The same by whole forwards for every layer, as the columns that stay tell best what all of them said."""
+    all_units = units_of(model, part)
     fading = Fading(model, all_units)
     fading.doom(kept)
     fading.silence(fading.doomed)
 
-    def seen(one: Any, name: str, reads: bool) -> Tensor:
+    def seen(name: str) -> Tensor:
         rows: list[Tensor] = []
-        layer = one.get_submodule(name)
-        if reads:
-            handle = layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
-        else:
-            handle = layer.register_forward_hook(lambda _, args, answer: rows.append(answer.detach()))
+        hook = model.get_submodule(name).register_forward_pre_hook
+        handle = hook(lambda _, args: rows.append(args[0].detach()), prepend=True)
         for batch in data:
-            logits(one, batch)
+            logits(model, batch)
         handle.remove()
         return torch.cat([row[batch["attention_mask"].bool()] for row, batch in zip(rows, data, strict=True)]).double()
 
     for units, keep in zip(all_units, kept, strict=True):
         layer = model.get_submodule(units.output)
         columns = units.outputs[0].index(keep, units.count)
-        y, z = seen(original, units.output, False), seen(model, units.output, True)[:, columns]
+        x = seen(units.output)
         is_conv = kind_of(layer) == "conv1d"
-        old = (layer.weight.T if is_conv else layer.weight).detach()[:, columns].double()
+        weight = (layer.weight.T if is_conv else layer.weight).detach().double()
+        y, z, old = x @ weight.T, x[:, columns], weight[:, columns]
         bias = layer.bias is not None
         mean_y, mean_z = (y.mean(0), z.mean(0)) if bias else (torch.zeros(()), torch.zeros(()))
         y, z = y - mean_y, z - mean_z
@@ -133,7 +130,7 @@ def naive(model: Any, part: str, kept: list[Tensor], data: list[dict[str, Tensor
         with torch.no_grad():
             (layer.weight.T if is_conv else layer.weight)[:, columns] = new.to(layer.weight.dtype)
             if bias:
-                layer.bias.copy_(mean_y - new @ mean_z)
+                layer.bias += mean_y - new @ mean_z
     fading.remove()
     for units, keep in zip(all_units, kept, strict=True):
         cut(model, units, keep)

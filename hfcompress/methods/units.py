@@ -59,8 +59,8 @@ class UnitPruning(Method):
 
     repair: bool = Field(
         False,
-        description="Cut at once, and let least squares on the samples fit what is left of the output projections to the "
-        "original's answers.",
+        description="Cut at once, and let least squares on the samples have what is left of the output projections take over "
+        "what was cut.",
     )
     damping: float = Field(DAMPING, ge=0, description="Of repair: the ridge, as a share of the mean second moment.")
 
