@@ -121,6 +121,17 @@ def roles(units: Units) -> list[tuple[str, tuple[str, ...]]]:
     return found if len(found) == len(parts) == len(weights) else []
 
 
+def queries(units: Units) -> int:
+    """Query heads in a unit of heads: those that share a key and a value. 1 where nothing tells."""
+    widths = [span.segments for span in units.inputs if span.tensor.endswith(".weight")]
+    if len(widths) == 1 and len(widths[0]) == 3:
+        query, key, _ = (segment.size for segment in widths[0])
+        return query // key
+    made = {part: name for name, parts in roles(units) for part in parts}
+    width = {span.module: span.width for span in units.inputs if span.tensor.endswith(".weight")}
+    return width[made["query"]] // width[made["key"]] if made else 1
+
+
 _SAID = {
     "query": ("query", "q", "q_proj", "q_lin", "query_proj"),
     "key": ("key", "k", "k_proj", "k_lin", "key_proj"),

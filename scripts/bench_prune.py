@@ -240,7 +240,8 @@ def told_layers(cells: Cells) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {name} | {one['layers']} | {one['perplexity']:.2f} | {one['tokens']:,} | {one['minutes']:.1f} |" for name, one in rows
+        f"| {name} | {one['layers']} | {one['perplexity']:.2f} | {one['tokens']:,} | {one['minutes']:.1f} |"
+        for name, one in rows
     ]
     return (
         "## Which layers?\n\n"

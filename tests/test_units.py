@@ -181,3 +181,57 @@ def test_a_model_that_somebody_else_cut_is_refused() -> None:
     layer.weight = nn.Parameter(layer.weight[:-3])
     with pytest.raises(CompressionError, match="nobody cut"):
         units_of(model, "neurons")
+
+
+def test_heads_and_neurons_can_be_named() -> None:
+    model = tiny("BertForSequenceClassification")
+    PruneHeads(keep={1: [0, 3]}).run(model, None)
+    PruneNeurons(keep={0: [5, 7, 11]}).run(model, None)
+    assert [units.count for units in units_of(model, "heads")] == [4, 2]
+    assert units_of(model, "neurons")[0].count == 3
+
+
+def grouped() -> Any:
+    config = miniature(transformers.LlamaConfig(hidden_size=48, num_key_value_heads=2, num_attention_heads=6), layers=2)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_named_heads_of_a_group_go_together() -> None:
+    model = grouped()
+    PruneHeads(keep={0: [3, 4, 5]}).run(model, None)
+    assert [units.count for units in units_of(model, "heads")] == [1, 2]
+
+
+NAMED = [
+    (
+        {0: [0, 1]},
+        "prune_heads: keep: [0, 1] of model.layers.0.self_attn breaks a group: heads 0 to 2 share a key and value; possible are "
+        "whole groups of 3; keep all of them or none.",
+    ),
+    ({7: [0]}, "prune_heads: keep: there is no layer 7; possible are 0 to 1, as the model runs."),
+    (
+        {0: []},
+        "prune_heads: keep: [] of model.layers.0.self_attn, which has 6 heads; possible are some of 0 to 5, each once.",
+    ),
+    (
+        {0: [6]},
+        "prune_heads: keep: [6] of model.layers.0.self_attn, which has 6 heads; possible are some of 0 to 5, each once.",
+    ),
+    ({0: [0, 1, 2, 3, 4, 5]}, "prune_heads: keep names all heads, so nothing is cut; name fewer."),
+]
+
+
+@pytest.mark.parametrize("keep, sentence", NAMED)
+def test_what_can_not_be_named_has_its_sentence(keep: dict[int, list[int]], sentence: str) -> None:
+    with pytest.raises(CompressionError) as error:
+        PruneHeads(keep=keep).run(grouped(), None)
+    assert str(error.value) == sentence
+
+
+def test_a_ratio_or_names_and_not_both() -> None:
+    with pytest.raises(ValueError, match="give one of ratio and keep"):
+        PruneHeads(0.5, keep={0: [1]})
+    with pytest.raises(ValueError, match="give one of ratio and keep"):
+        PruneNeurons()
+    with pytest.raises(ValueError, match="keep says which heads stay, and scores would choose them"):
+        PruneHeads(keep={0: [1]}, scores="l1")

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from hfcompress.anatomy import Units
+from hfcompress.anatomy import Units, queries
 from hfcompress.calibration import Batches
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.even import check_even
@@ -30,7 +30,13 @@ class UnitPruning(Method):
     kind: ClassVar[str]
     fades: ClassVar[bool] = True
 
-    ratio: float = Field(gt=0, lt=1, description="Share of the units to cut, 0..1.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the units to cut, 0..1.")
+    keep: dict[int, list[int]] | None = Field(
+        None,
+        min_length=1,
+        description="Instead of a ratio: the units to keep, by the layer's number, {0: [0, 2, 5]}; other layers keep all. "
+        "Heads are query heads, and whole groups where several share a key and value.",
+    )
     scores: str = Field(
         "gradient",
         description="; ".join(f"{name}: {one.says}" for name, one in SCORES.items()) + "; or a file that save_scores wrote.",
@@ -80,7 +86,20 @@ class UnitPruning(Method):
         return given
 
     @model_validator(mode="after")
+    def _check_one_choice(self) -> UnitPruning:
+        if (self.ratio is None) == (self.keep is None):
+            raise ValueError("give one of ratio and keep")
+        idle = self.model_fields_set & {"scores", "save_scores", "ranking", "round_to", "min_ratio", "max_ratio", "iterations"}
+        if self.keep is not None and idle:
+            raise ValueError(
+                f"keep says which {self.kind} stay, and {', '.join(sorted(idle))} would choose them; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_together(self) -> UnitPruning:
+        if self.ratio is None:
+            return self
         if not self.min_ratio <= self.ratio <= self.max_ratio:
             raise ValueError(
                 f"min_ratio {self.min_ratio} and max_ratio {self.max_ratio} leave no layer to lose the ratio {self.ratio}; "
@@ -124,14 +143,15 @@ class UnitPruning(Method):
                 f"{self.key()}: repair needs calibration data; give a task or batches, with or without labels, or leave repair "
                 f"out."
             )
-        self._check_cuts(model, all_units)
-        values = self._scored(model, all_units, batches)
+        named = self._named(all_units)
+        self._check_cuts(model, all_units, named)
+        values = self._scored(model, all_units, batches) if named is None else []
         if self.save_scores is not None:
             save_scores(self.save_scores, model, all_units, values, score=self.scores, samples=self.samples, seed=self.seed)
         fading, part = Fading(model, all_units), 1
 
         def choose() -> None:
-            fading.doom(chosen(all_units, values, self._target(part), fading.staying))
+            fading.doom(named or chosen(all_units, values, self._target(part), fading.staying))
             if not self.repair:  # which takes the means over anyway
                 fading.silence(fold_constants(model, all_units, fading.doomed))
 
@@ -179,12 +199,29 @@ class UnitPruning(Method):
     def _target(self, part: int) -> Target:
         """What is gone after so many of the iterations."""
         share = part / self.iterations
-        return Target(self.key(), self.ratio * share, self.ranking, self.round_to, self.min_ratio * share, self.max_ratio)
+        return Target(
+            self.key(), (self.ratio or 0) * share, self.ranking, self.round_to, self.min_ratio * share, self.max_ratio
+        )
 
-    def _check_cuts(self, model: nn.Module, all_units: list[Units]) -> None:
+    def _named(self, all_units: list[Units]) -> list[Tensor] | None:
+        """What `keep` names, a tensor of units for every layer."""
+        if self.keep is None:
+            return None
+        kept = [torch.arange(units.count) for units in all_units]
+        for layer, wanted in self.keep.items():
+            if not 0 <= layer < len(all_units):
+                raise CompressionError(
+                    f"{self.key()}: keep: there is no layer {layer}; possible are 0 to {len(all_units) - 1}, as the model runs."
+                )
+            kept[layer] = whole(all_units[layer], wanted, self.key())
+        return kept
+
+    def _check_cuts(self, model: nn.Module, all_units: list[Units], named: list[Tensor] | None) -> None:
         """Before anything is scored: whatever the scores will say, so many units stay."""
         any_scores = [torch.ones(units.shape) for units in all_units]
-        counts = [keep.shape[-1] for keep in chosen(all_units, any_scores, self._target(self.iterations))]
+        counts = [keep.shape[-1] for keep in named or chosen(all_units, any_scores, self._target(self.iterations))]
+        if named and counts == [units.count for units in all_units]:
+            raise CompressionError(f"{self.key()}: keep names all {self.kind}, so nothing is cut; name fewer.")
         if all(count == units.count for count, units in zip(counts, all_units, strict=True)):
             raise CompressionError(
                 f"{self.key()}: ratio {self.ratio} of {all_units[0].count} {self.kind} a layer, rounded to {self.round_to}, "
@@ -192,3 +229,25 @@ class UnitPruning(Method):
             )
         if self.even:
             check_even(model, all_units, counts, self.key())
+
+
+def whole(units: Units, wanted: list[int], asked: str) -> Tensor:
+    """Units that consist of these heads or neurons, ascending; CompressionError where they would break a group."""
+    group = queries(units) if units.kind == "heads" else 1
+    count = units.count * group
+    if units.lanes > 1:
+        raise CompressionError(f"{asked}: keep: each expert of {units.name} has {units.kind} of its own; give ratio instead.")
+    if not wanted or not all(0 <= one < count for one in wanted) or len(set(wanted)) < len(wanted):
+        raise CompressionError(
+            f"{asked}: keep: {wanted} of {units.name}, which has {count} {units.kind}; possible are some of 0 to {count - 1}, "
+            f"each once."
+        )
+    groups = sorted({one // group for one in wanted})
+    if len(wanted) < len(groups) * group:
+        broken = next(one for one in groups if not {one * group + i for i in range(group)} <= set(wanted))
+        raise CompressionError(
+            f"{asked}: keep: {sorted(wanted)} of {units.name} breaks a group: heads {broken * group} to "
+            f"{broken * group + group - 1} share a key and value; possible are whole groups of {group}; keep all of them or "
+            f"none."
+        )
+    return torch.tensor(groups)
