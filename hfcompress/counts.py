@@ -27,6 +27,7 @@ OWN_COUNTS = (
     *HEAD_COUNTS,
     "all_head_size",
     "split_size",
+    "inner_dim",
     "intermediate_size",
     "intermediate_dim",
     "ffn_dim",
@@ -38,7 +39,6 @@ OWN_COUNTS = (
 )
 WIDTH_COUNTS = (
     "embed_dim",
-    "inner_dim",
     "hidden_size",
     "hidden_dim",
     "d_model",

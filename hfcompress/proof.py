@@ -206,12 +206,18 @@ def _counters(specimen: nn.Module, units: Units, names: tuple[str, ...]) -> tupl
 
 def _fails(specimen: Any, batch: dict[str, Tensor], units: list[Units]) -> str | None:
     """None if cutting some of each equals silencing them; else what went wrong."""
-    groups = [[(one, _some(one, number)) for number, one in enumerate(alike)] for alike in _alike(units)]
+    # With two of a kind, layers lose one or none in turns: both turns, as one head of a first layer would fit any number.
+    turns = (0, 1) if any(one.count == 2 for one in units) else (0,)
+    return next((why for turn in turns if (why := _fails_in(specimen, batch, units, turn)) is not None), None)
+
+
+def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn: int) -> str | None:
+    groups = [[(one, _some(one, number + turn)) for number, one in enumerate(alike)] for alike in _alike(units)]
     plain = answers(specimen, batch)
     try:
         for group in groups:
             with _silent(specimen, group):
-                if all(map(close, answers(specimen, batch), plain)):
+                if any(keep.shape[-1] < one.count for one, keep in group) and all(map(close, answers(specimen, batch), plain)):
                     return "silencing units is not felt, so a proof would say nothing"
         pairs = [pair for group in groups for pair in group]
         with _silent(specimen, pairs):

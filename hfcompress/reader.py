@@ -26,6 +26,11 @@ Pattern = dict[tuple[str, int], Tensor]
 
 def read(model: nn.Module, batch: dict[str, Tensor]) -> list[Units]:
     """Candidates for units, in the order in which their outputs run, counters not yet told. `model`: small, float32, random."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _read(model, batch)
+
+
+def _read(model: nn.Module, batch: dict[str, Tensor]) -> list[Units]:
     layers = _layers(model)
     first: dict[Any, str] = {}
     like = {name: first.setdefault(_signature(layer), name) for name, layer in layers.items()}
@@ -103,8 +108,7 @@ def _run(model: nn.Module, watched: dict[str, nn.Module], batch: dict[str, Tenso
                 continue
             readings[name] = reading
     try:
-        with torch.enable_grad():
-            model(**batch)
+        model(**batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -74,6 +74,18 @@ def test_the_distillation_shown_is_read_as_it_is_meant() -> None:
     assert set(TERMS) <= named, "every term is shown"
 
 
+def test_the_pruning_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = yaml.safe_load(blocks("yaml")[2])
+    raw = {"model": "me/bert", "task": {"name": "text-classification", "dataset": "glue/sst2"}, "steps": steps}
+    methods: list[Any] = [step for step in Recipe.from_dict(raw).steps if step.key() not in ("prune_experts", "prune_vocab")]
+    assert [method.key() for method in methods] == ["prune_heads", "prune_neurons", "prune_neurons", "prune_layers"]
+    model = tiny_model("bert", layers=4)
+    for method in methods:
+        method.run(model, FewBatches("bert"))
+    save(model, None, tmp_path)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_hidden_layers == 3
+
+
 def test_the_commands_exist() -> None:
     commands = [line.partition("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     makefile = (ROOT / "Makefile").read_text()

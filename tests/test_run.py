@@ -384,22 +384,20 @@ def test_a_step_that_can_do_nothing_says_which(place: Path) -> None:
     )
 
 
-def test_an_unknown_family_gets_one_sentence(place: Path) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
+def test_what_an_architecture_does_not_have_is_said_in_one_sentence(place: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
 
-    config = OPTConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=32
+    MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)).save_pretrained(
+        place / "ssm"
     )
-    OPTForCausalLM(config).save_pretrained(place / "opt")
-    AutoTokenizer.from_pretrained(place / "llama").save_pretrained(place / "opt")
+    AutoTokenizer.from_pretrained(place / "llama").save_pretrained(place / "ssm")
     task = {"name": "causal-lm", "dataset": str(place / "texts"), "block_size": 32}
-    said = refused(place, model=str(place / "opt"), task=task, steps=[{"prune_heads": {"ratio": 0.5}}])
+    said = refused(place, model=str(place / "ssm"), task=task, steps=[{"prune_heads": {"ratio": 0.5}}])
     assert said == (
-        "step 1 of 1, prune_heads: OPTForCausalLM: hfcompress does not know where heads, neurons and layers of 'opt' models are; "
-        "known are bert, roberta, distilbert, llama, mistral, qwen2, qwen3, gpt2; distill, student, prune_weights, low_rank, "
-        "adapters, quantize and cast work on any architecture."
+        "step 1 of 1, prune_heads: MambaForCausalLM: the architecture has no heads; distill, student, prune_layers, prune_vocab, "
+        "prune_weights, low_rank, adapters, quantize and cast need no units."
     )
-    compress(recipe(place, model=str(place / "opt"), task=task, steps=[{"low_rank": {"rank": 2}}, "cast"]), place / "opt-small")
+    compress(recipe(place, model=str(place / "ssm"), task=task, steps=[{"low_rank": {"rank": 2}}, "cast"]), place / "ssm-small")
 
 
 # The command line.

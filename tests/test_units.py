@@ -169,6 +169,11 @@ def test_what_is_not_proven_is_refused_by_name(name: str) -> None:
 ELSE = "distill, student, prune_layers, prune_vocab, prune_weights, low_rank, adapters, quantize and cast need no units."
 
 
+def test_where_gradients_are_off_units_are_found_all_the_same() -> None:
+    with torch.no_grad():
+        assert len(units_of(tiny("ElectraForTokenClassification", layers=3), "heads")) == 3
+
+
 def test_a_proof_is_made_once_for_a_config() -> None:
     one, two = tiny("BertForSequenceClassification"), tiny("BertForSequenceClassification")
     assert proven(one) is proven(two)
