@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hfcompress.calibration import evaluating
 from hfcompress.errors import CompressionError
-from hfcompress.processes import processes
+from hfcompress.processes import agreed
 from hfcompress.stacks import Stack
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
@@ -40,7 +39,7 @@ def loss_without(model: nn.Module, stack: Stack, batches: Batches, skipped: list
     total, seen = 0.0, 0
     handles = [skip(model.get_submodule(stack.name)[index]) for index in skipped]  # type: ignore[index]
     try:
-        with _looking(model):
+        with evaluating(model), torch.no_grad():
             for batch in batches():
                 loss = model(**batch).loss
                 if loss is None:
@@ -73,12 +72,6 @@ def skip(layer: nn.Module) -> RemovableHandle:
     return layer.register_forward_hook(identity, with_kwargs=True)
 
 
-def agreed(value: Tensor) -> Tensor:
-    """The first process decides: kernels that add in another order must not make two processes cut different layers."""
-    state = processes()
-    return value if state.num_processes == 1 else broadcast(value.to(state.device)).cpu()
-
-
 def token_mask(batch: dict[str, Tensor], tokens: tuple[int, ...], answers: bool = False) -> Tensor | None:
     """Which of (batch, length) tokens are no padding, if the batch tells it. `answers`: of a decoder beside an encoder."""
     mask = batch.get("decoder_attention_mask" if answers else "attention_mask")
@@ -107,7 +100,7 @@ def _cosines(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Te
         for index, layer in enumerate(layers)
     ]
     try:
-        with _looking(model):
+        with evaluating(model), torch.no_grad():
             for batch in batches():
                 states.clear()
                 model(**batch)
@@ -140,17 +133,6 @@ def _first(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values
     return next(value for value in (values.values() if isinstance(values, dict) else values) if isinstance(value, Tensor))
-
-
-@contextmanager
-def _looking(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _no_batch(asked: str) -> CompressionError:

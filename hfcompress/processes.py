@@ -1,11 +1,19 @@
-"""Which of several processes this is, on accelerators and on CPUs."""
+"""Which of several processes this is, on accelerators and on CPUs, and what they agree on."""
 
 from __future__ import annotations
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import Tensor
 
 
 def processes() -> PartialState:
     """accelerate's state. It must be told to look for CPU processes, or each takes itself for the only one."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def agreed(values: Tensor) -> Tensor:
+    """The first process decides: kernels that add in another order must not make two processes cut different parts."""
+    state = processes()
+    return values if state.num_processes == 1 else broadcast(values.to(state.device)).cpu()

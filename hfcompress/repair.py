@@ -18,7 +18,7 @@ from hfcompress.anatomy import Span, Units
 from hfcompress.calibration import Batches, attended, evaluating, given
 from hfcompress.examples import example
 from hfcompress.lockstep import Paused
-from hfcompress.scores import agreed
+from hfcompress.processes import agreed
 
 DAMPING = 0.01
 """The ridge, as a share of the mean of the diagonal of the second moments: SparseGPT's (arXiv 2301.00774)."""

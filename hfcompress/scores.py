@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from hfcompress.anatomy import Span, Units
 from hfcompress.calibration import Batches, attended, evaluating, examples, given, singles
 from hfcompress.errors import CompressionError
 from hfcompress.lesson import foretells_next
-from hfcompress.processes import processes
+from hfcompress.processes import agreed
 from hfcompress.surgery import gate
 
 
@@ -304,11 +303,3 @@ def score(name: str, model: nn.Module, all_units: list[Units], batches: Batches 
                 f"load it in float32, or choose scores: magnitude."
             )
     return [agreed(values) for values in found]
-
-
-def agreed(values: Tensor) -> Tensor:
-    """The first process decides: kernels that add in another order must not make two processes cut different units."""
-    state = processes()
-    if state.num_processes == 1:
-        return values
-    return broadcast(values.to(state.device)).cpu()

@@ -11,12 +11,12 @@ import torch
 import transformers
 from torch import nn
 
-from hfcompress.anatomy import anatomy
 from hfcompress.choosing import permitted, rehearse
 from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
 from hfcompress.influence import angular, block_influence, loss_without
 from hfcompress.methods import Cast, Distill, LowRank, PruneHeads, PruneLayers, PruneNeurons, Student, riding
+from hfcompress.proof import units_of
 from hfcompress.recipe import Recipe
 from hfcompress.stacks import Stack, layer_stacks
 from hfcompress.structure import describe, diff
@@ -292,7 +292,7 @@ def test_a_cut_and_factored_model_may_lose_layers(kind: str, tmp_path: Path) -> 
     model, task = tiny_model(kind, layers=4), FewBatches(kind)
     PruneHeads(0.5, ranking="global").run(model, task)
     PruneNeurons(0.3, ranking="global").run(model, task)
-    LowRank(rank=4, target_modules=[units.output for units in anatomy(model).units("neurons")[1:3]]).run(model, None)
+    LowRank(rank=4, target_modules=[units.output for units in units_of(model, "neurons")[1:3]]).run(model, None)
     whole, keep = copy.deepcopy(model), [1, 2]
     edits = diff(model)
     PruneLayers(layers=keep).run(model, None)

@@ -178,7 +178,7 @@ def test_the_bench_goes_on_where_it_was_stopped_and_tells_what_it_has(tmp_path: 
     kept.once("scores/whole", lambda: {"accuracy": 0.97})
     kept.once("smol/whole", lambda: {"perplexity": 20.0})
     kept.once("smol/fisher/True/32", lambda: {"perplexity": 25.0, "tokens": 16384, "minutes": 4.0})
-    kept.once("layers/influence", lambda: {"perplexity": 30.0, "layers": 20, "minutes": 1.0})
+    kept.once("layers/influence", lambda: {"perplexity": 30.0, "layers": 20, "tokens": 0, "minutes": 1.0})
     times = {"min": 150.0, "median": 160.0}
     kept.once(
         "speed",
@@ -187,5 +187,5 @@ def test_the_bench_goes_on_where_it_was_stopped_and_tells_what_it_has(tmp_path: 
     bench_prune.write(kept.cells)
     page = (tmp_path / "pruning.md").read_text()
     assert "| fisher | 0.7000 |  | 0.9000 |  | 3 |" in page and "| times faster | 2.00 | 2.00 |" in page
-    assert "| fisher | yes | 25.00 | 16,384 | 4.0 |" in page and "| influence | 20 | 30.00 | 1.0 |" in page
+    assert "| fisher | yes | 25.00 | 16,384 | 4.0 |" in page and "| influence | 20 | 30.00 | 0 | 1.0 |" in page
     assert "keep +0.1000 more accuracy than chance" in page

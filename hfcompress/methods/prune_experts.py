@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hfcompress.errors import CompressionError
 from hfcompress.experts import Mixtures, keep_experts, magnitude, mixtures, usage
-from hfcompress.influence import agreed
 from hfcompress.methods.base import Method, Tick, calibration
+from hfcompress.processes import agreed
 from hfcompress.surgery import check_no_adapter
 
 
