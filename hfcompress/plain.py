@@ -38,12 +38,19 @@ def changes(config: Any, resized: list[tuple[int, int]]) -> Iterator[tuple[Any, 
                         yield part, {field: new // fused}
 
 
+def _one(part: Any, field: str) -> Any:
+    """One value for all layers; reading one that differs from layer to layer raises (Gemma 4's head_dim)."""
+    try:
+        return getattr(part, field, None)
+    except RuntimeError:
+        return None
+
+
 def _head_changes(part: Any, resized: list[tuple[int, int]]) -> Iterator[dict[str, int]]:
     """Counts of heads, with the size of a head told beside them, which would follow from the count otherwise."""
     counts = {key: value for key in _HEADS if type(value := vars(part).get(key)) is int and value}
     query = next((value for key, value in counts.items() if _HEADS[key] == "query"), 0)
-    width = getattr(part, "hidden_size", 0)
-    told = getattr(part, "head_dim", None) or getattr(part, "d_kv", None)
+    width, told = _one(part, "hidden_size"), _one(part, "head_dim") or _one(part, "d_kv")
     size = told or (width // query if query and type(width) is int else 0)
     if not size or not counts:
         return
@@ -54,4 +61,4 @@ def _head_changes(part: Any, resized: list[tuple[int, int]]) -> Iterator[dict[st
         for of_key in sorted(set(new["key"])) or [of_query]:
             if of_query % of_key == 0:
                 change = {key: of_query if _HEADS[key] == "query" else of_key for key in counts}
-                yield change if hasattr(part, "d_kv") else {**change, "head_dim": size}
+                yield change if _one(part, "d_kv") else {**change, "head_dim": size}

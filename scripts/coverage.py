@@ -102,7 +102,7 @@ def build(name: str, kind: str, layers: int = 2) -> Any:
     model = cls(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1 and parameter.is_floating_point():
+            if parameter.is_floating_point() and (parameter.dim() == 1 or not parameter.any()):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
