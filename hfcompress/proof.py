@@ -110,7 +110,7 @@ def _specimen(kind: Any, config: PreTrainedConfig) -> nn.Module:
         for parameter in specimen.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-                if parameter.dim() < 2:
+                if sum(length > 1 for length in parameter.shape) < 2:
                     parameter += 0.01 * torch.randn_like(parameter)
                 elif parameter.any() and parameter.isfinite().all():
                     parameter *= 3  # so that ReLUs follow their input and not the noise
