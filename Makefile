@@ -10,7 +10,7 @@ quickstart: $(STAMP)  ## a real encoder, several times smaller and faster, in mi
 	$(BIN)/hfcompress run quickstart
 
 test: check  ## every law, every promise of the README
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

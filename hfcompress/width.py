@@ -25,8 +25,8 @@ def narrow(model: Any, sizes: dict[str, int]) -> None:
     """Give the config these smaller sizes and every parameter the block of its old values that is left, in place.
 
     The same residual dimensions stay in the whole model, and whole heads and neurons of each layer, so that the result is a
-    sub-network. In families of the anatomy they are chosen by L2 norm; in others the leading ones stay, where shapes show that
-    these are whole units. CompressionError, and no change, where they do not.
+    sub-network. Where heads and neurons are proven they are chosen by L2 norm; in others the leading ones stay, where shapes
+    show that these are whole units. CompressionError, and no change, where they do not.
     """
     before = blank(model)
     _check_as_described(model, before)

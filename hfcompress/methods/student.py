@@ -20,7 +20,7 @@ from hfcompress.width import narrow
 class Student(Method):
     """Make the student of a distillation in place: fewer layers, narrower ones, or another architecture from scratch.
 
-    Needs: distillation after it. Any architecture for fewer layers; for narrower ones a family in the anatomy, or unfused
+    Needs: distillation after it. Any architecture for fewer layers; for narrower ones proven heads and neurons, or unfused
     projections.
     Buys: parameters and time of what is left out; the result is a plain transformers model.
     Costs: what the layers left out did, and most of it when narrower or from scratch; a teacher helps the others learn it.
