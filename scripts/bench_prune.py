@@ -162,16 +162,15 @@ def of(cells: Cells, score: str, repair: bool) -> list[dict[str, Any]]:
 def told_scores(cells: Cells) -> str:
     if "scores/whole" not in cells:
         return ""
-    seeds = max((len(of(cells, score, False)) for score in SCORES), default=0)
     lines = [
-        "| score | cut | cut, repaired | cut, trained | repaired, trained | seconds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| score | seeds | cut | cut, repaired | cut, trained | repaired, trained | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for score in SCORES:
         plain, mended = of(cells, score, False), of(cells, score, True)
         figures = [spread(one[key] for one in some) for key in ("cut", "trained") for some in (plain, mended)]
         seconds = " / ".join(f"{mean(one['seconds'] for one in some):.0f}" for some in (plain, mended) if some)
-        lines.append(f"| {score} | {' | '.join(figures)} | {seconds} |")
+        lines.append(f"| {score} | {len(plain)} / {len(mended)} | {' | '.join(figures)} | {seconds} |")
     chance, known = of(cells, "random", False), [one for score in ON_DATA for one in of(cells, score, False)]
     verdict = ""
     if chance and known:
@@ -186,8 +185,8 @@ def told_scores(cells: Cells) -> str:
         f"MiniLM fine-tuned for one epoch on BBC News ({cells['scores/whole']['accuracy']:.4f} on 500 held-out articles) loses "
         f"half of the heads and half of the neurons of every layer (`prune_heads: {{ratio: {RATIO}}}`, then `prune_neurons`), by "
         f"each score on 256 articles, with `repair: true` or without, and with {STEPS} steps of training (batch 32, 2e-4, no teacher: half an epoch) or without. "
-        f"Mean of {seeds} seeds, which change the articles, what random draws and the order of training, and the range; seconds "
-        "of scoring and cutting without / with repair.\n\n" + "\n".join(lines) + verdict + "\n"
+        "Mean and range over seeds (how many without / with repair), which change the articles, what random draws and the order of "
+        "training; seconds of scoring and cutting without / with repair.\n\n" + "\n".join(lines) + verdict + "\n"
     )
 
 

@@ -186,6 +186,6 @@ def test_the_bench_goes_on_where_it_was_stopped_and_tells_what_it_has(tmp_path: 
     )
     bench_prune.write(kept.cells)
     page = (tmp_path / "pruning.md").read_text()
-    assert "| fisher | 0.7000 |  | 0.9000 |  | 3 |" in page and "| times faster | 2.00 | 2.00 |" in page
+    assert "| fisher | 1 / 0 | 0.7000 |  | 0.9000 |  | 3 |" in page and "| times faster | 2.00 | 2.00 |" in page
     assert "| fisher | yes | 25.00 | 16,384 | 4.0 |" in page and "| influence | 20 | 30.00 | 0 | 1.0 |" in page
     assert "keep +0.1000 more accuracy than chance" in page
