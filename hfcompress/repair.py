@@ -53,7 +53,7 @@ def repair(
     batches wait for each other before every projection, so this costs one forward in all, with every sample in memory. Least
     squares layer by layer: OBC (Frantar, Alistarh 2022, arXiv 2208.11580), ZipLM (Kurtic et al. 2023, 2302.04089), SlimGPT
     (Ling et al. 2024, 2412.18110). Aiming at what the projection said in the original model, so that later layers mend
-    what earlier ones could not, fits the samples and not the text: on SmolLM2 it won back less than half as much.
+    what earlier ones could not, fits the samples rather than the text.
     """
     places = {}
     for units, keep in zip(all_units, kept, strict=True):
