@@ -68,7 +68,7 @@ def test_all_mistakes_are_shown_at_once_with_a_did_you_mean() -> None:
         modle="x",
         steps=[
             {"prune_head": {"ratio": 0.3}},
-            {"prune_neurons": {"ratoi": 0.3}},
+            {"prune_weights": {"sparsty": 0.3}},
             {"prune_neurons": {"ratio": 1.5}},
             {"train": {"learning_rat": 1e-4, "with": [{"distil": {}}]}},
             {"train": {"learning_rat": 1e-4}},
@@ -80,8 +80,9 @@ def test_all_mistakes_are_shown_at_once_with_a_did_you_mean() -> None:
     )
     assert found == [
         "my.yaml: steps.0: unknown method 'prune_head'. Did you mean 'prune_heads'?",
-        "my.yaml: steps.1.prune_neurons.ratio: this key is missing; it is Share of the units to cut, 0..1.",
-        "my.yaml: steps.1.prune_neurons: unknown key 'ratoi'. Did you mean 'ratio'?",
+        "my.yaml: steps.1.prune_weights.sparsity: this key is missing; it is Share of the weights to set to zero in every target "
+        "layer, 0..1.",
+        "my.yaml: steps.1.prune_weights: unknown key 'sparsty'. Did you mean 'sparsity'?",
         "my.yaml: steps.2.prune_neurons.ratio = 1.5: input should be less than 1.",
         "my.yaml: steps.3.train.with.0: unknown method 'distil'. Did you mean 'distill'?",
         "my.yaml: steps.3.train: unknown key 'learning_rat'. Did you mean 'learning_rate'?",
