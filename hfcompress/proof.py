@@ -216,12 +216,12 @@ def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn:
     plain = answers(specimen, batch)
     try:
         for group in groups:
-            with _silent(specimen, group):
+            with silenced(specimen, group):
                 if any(keep.shape[-1] < one.count for one, keep in group) and all(map(close, answers(specimen, batch), plain)):
                     return "silencing units is not felt, so a proof would say nothing"
         pairs = [pair for group in groups for pair in group]
-        with _silent(specimen, pairs):
-            silenced, said = answers(specimen, batch), spoken(copy.deepcopy(specimen), batch)  # BigBird becomes another
+        with silenced(specimen, pairs):
+            expected, said = answers(specimen, batch), spoken(copy.deepcopy(specimen), batch)  # BigBird becomes another
     except Exception as error:
         return f"the units can't be silenced ({_said(error)})"
     smaller = copy.deepcopy(specimen)
@@ -231,7 +231,7 @@ def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn:
         got = answers(smaller, batch)
     except Exception as error:
         return f"the model does not run with some cut out ({_said(error)})"
-    for mine, theirs in zip(got, silenced, strict=True):
+    for mine, theirs in zip(got, expected, strict=True):
         if mine.shape != theirs.shape or not close(mine, theirs):
             return "cutting is not the same as silencing"
     try:
@@ -244,7 +244,7 @@ def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn:
 
 
 @contextmanager
-def _silent(model: nn.Module, pairs: list[tuple[Units, Tensor]]) -> Iterator[None]:
+def silenced(model: nn.Module, pairs: list[tuple[Units, Tensor]]) -> Iterator[None]:
     """Only the units to keep are heard."""
     handles = [gate(model, one, _gates(one, keep)) for one, keep in pairs]
     try:

@@ -41,10 +41,10 @@ from hfcompress.loading import forget_reading
 from hfcompress.methods import LowRank, Quantize
 from hfcompress.methods.low_rank import _as_layer
 from hfcompress.miniature import example, miniature
-from hfcompress.proof import proven, shaped, units_of
+from hfcompress.proof import proven, silenced, units_of
 from hfcompress.stacks import Stack, layer_stacks
 from hfcompress.structure import describe
-from hfcompress.surgery import cut, gate, swap
+from hfcompress.surgery import cut, swap
 from hfcompress.vocabulary import fixed_tokens, keep_tokens, named_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -380,18 +380,13 @@ def units(which: str) -> Callable[[str, str], None]:
             raise Absent
         found = units_of(model, which)
         keeps = [some(one, number) for number, one in enumerate(found)]
-        handles = []
-        for one, keep in zip(found, keeps, strict=True):
-            values = torch.zeros(one.shape).scatter(-1, keep, 1.0)
-            handles.append(gate(model, one, lambda x, values=values, one=one: shaped(values, one, x)))
-        silenced = answer(model, inputs)
-        for handle in handles:
-            handle.remove()
-        if distance(dense, silenced) == 0:
+        with silenced(model, list(zip(found, keeps, strict=True))):
+            expected = answer(model, inputs)
+        if distance(dense, expected) == 0:
             raise Wrong("silencing half of the units is not felt")
         for one, keep in zip(found, keeps, strict=True):
             cut(model, one, keep)
-        check_same(silenced, answer(model, inputs), "cut against silenced")
+        check_same(expected, answer(model, inputs), "cut against silenced")
         check_reload(model, inputs)
         if talks:
             generated(model, inputs)

@@ -16,9 +16,9 @@ from hfcompress.examples import example
 from hfcompress.layers import blank
 from hfcompress.methods import PruneHeads, PruneNeurons
 from hfcompress.miniature import miniature
-from hfcompress.proof import answers, close, proven, shaped, units_of
+from hfcompress.proof import answers, close, proven, silenced, units_of
 from hfcompress.structure import describe
-from hfcompress.surgery import cut, gate
+from hfcompress.surgery import cut
 
 # class: what its own config calls heads (or groups of keys and values) and neurons
 CLASSES: dict[str, tuple[str, str]] = {
@@ -85,18 +85,13 @@ def test_cut_equals_silenced_and_reload_is_exact(name: str, kind: str, tmp_path:
     batch, before = example(model), answers(model, example(model))
     units = units_of(model, kind)
     kept = [some(one, number) for number, one in enumerate(units)]
-    handles = []
-    for one, keep in zip(units, kept, strict=True):
-        values = torch.zeros(one.shape).scatter(-1, keep, 1.0)
-        handles.append(gate(model, one, lambda x, values=values, one=one: shaped(values, one, x)))
-    silenced = answers(model, batch)
-    for handle in handles:
-        handle.remove()
+    with silenced(model, list(zip(units, kept, strict=True))):
+        expected = answers(model, batch)
     for one, keep in zip(units, kept, strict=True):
         cut(model, one, keep)
     got = answers(model, batch)
-    assert not close(silenced[0], before[0], 1e-4), "silencing must be felt, or the law says nothing"
-    assert all(close(mine, theirs) for mine, theirs in zip(got, silenced, strict=True))
+    assert not close(expected[0], before[0], 1e-4), "silencing must be felt, or the law says nothing"
+    assert all(close(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
     describe(model)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
