@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.anatomy import Span, Units
-from hfcompress.calibration import Batches, attended, evaluating, given
+from hfcompress.calibration import Batches, evaluating
 from hfcompress.examples import example
-from hfcompress.lockstep import Paused
+from hfcompress.moments import DAMPING, Moments, columns_of, each, unreadable
 from hfcompress.processes import agreed
-
-DAMPING = 0.01
-"""The ridge, as a share of the mean of the diagonal of the second moments: SparseGPT's (arXiv 2301.00774)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,7 @@ def repair(
     into the bias. Where it has none, none is added: d is 0, and raw moments let the columns stand in for the mean as well. As
     D = 0 is the cut alone and costs no ridge, the error can't become larger than that on these tokens, whatever the ridge.
 
-    Layers are repaired in the order of the model, each on what those before it make of the data since they were repaired. All
-    batches wait for each other before every projection, so this costs one forward in all, with every sample in memory. Least
+    Layers are repaired in the order of the model, each on what those before it make of the data since they were repaired. Least
     squares layer by layer: OBC (Frantar, Alistarh 2022, arXiv 2208.11580), ZipLM (Kurtic et al. 2023, 2302.04089), SlimGPT
     (Ling et al. 2024, 2412.18110). Aiming at what the projection said in the original model, so that later layers mend
     what earlier ones could not, fits the samples rather than the text.
@@ -58,171 +50,44 @@ def repair(
     places = {}
     for units, keep in zip(all_units, kept, strict=True):
         for span in units.outputs:
-            why = _hopeless(model, units, span)
+            why = unreadable(model, units, span)
             if why:
                 logging.getLogger(__name__).warning("repair: %s is left as it is: %s.", span.tensor, why)
             elif keep.shape[-1] < units.count:
-                places[span.module] = _Place(model, span, span.index(keep, units.count))
-    if not places:
-        return []
-    stops = _Stops()
-    with evaluating(model), stops.before(model, places):
-        times = _times(model, places, next(iter(given(batches, "repair"))))
-        runs = [_Run(stops, model, batch) for batch in given(batches, "repair")]
-        try:
-            return _in_order(model, places, runs, times, damping)
-        finally:
-            for run in runs:
-                run.leave()
+                places[span.module] = (span, span.index(keep, units.count))
+    told: list[Repaired] = []
 
+    def solve(name: str, moments: Moments) -> None:
+        told.append(_solve(model, *places[name], moments, damping))
 
-def _hopeless(model: nn.Module, units: Units, span: Span) -> str:
-    if units.lanes > 1:
-        return "experts compute inside one forward, and what each of them reads can't be seen"
-    module = model.get_submodule(span.module)
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and max(module.kernel_size) > 1:
-        return "it reads several positions at once"
-    return ""
-
-
-def _in_order(
-    model: nn.Module, places: dict[str, _Place], runs: list[_Run], times: Counter[str], damping: float
-) -> list[Repaired]:
-    """All batches walk from projection to projection; where all have arrived, it is solved, and they walk on."""
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    left, told = set(times), []
-    at = {run: run.step() for run in runs}
-    while left and (reached := {name for name in at.values() if name is not None}):
-        # Batches may differ in their way only where tokens choose it: then the first place in the model goes first.
-        name = min(reached, key=order.__getitem__)
-        here = [run for run in runs if at[run] == name]
-        if name in left:
-            for run in here:
-                places[name].add(run.batch, run.seen)
-            times[name] -= 1
-            if not times[name]:
-                told.append(places[name].solve(damping))
-                left.discard(name)
-        for run in here if left else ():
-            at[run] = run.step()
+    if places:
+        each(model, places, batches, "repair", solve)
     return told
 
 
-def _times(model: nn.Module, places: dict[str, _Place], batch: dict[str, Tensor]) -> Counter[str]:
-    """How often each projection runs in a forward: one that serves many layers, as in ALBERT, is solved when all have read."""
-    times: Counter[str] = Counter()
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: times.update([name])) for name in places
-    ]
-    try:
-        model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return times
+def _solve(model: nn.Module, span: Span, columns: Tensor, moments: Moments, damping: float) -> Repaired:
+    layer = _reader(model, span)
+    old = columns_of(layer.weight, span)
+    columns = columns.to(old.device)
+    gone = torch.ones(old.shape[-1], dtype=torch.bool, device=old.device).index_fill_(0, columns, False)
+    has_bias = getattr(layer, "bias", None) is not None
+    raw, square = moments.square(about_mean=False), moments.square(about_mean=has_bias)
+    weight, lost = old.double(), old[:, gone].double()
+    power, before = (_mean_square(part, raw[rows][:, rows]) for part, rows in ((weight, slice(None)), (lost, gone)))
+    zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
+    more = agreed(_divided(rz, zz, damping)).to(old.device)
+    after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
+    new = (weight[:, columns] + more).to(old).reshape(*layer.weight.movedim(span.axis, -1).shape[:-1], len(columns))
+    layer.weight.data.index_copy_(span.axis, columns, new.movedim(-1, span.axis))
+    if has_bias:
+        layer.bias.data += agreed(lost @ moments.mean[gone] - more @ moments.mean[columns]).to(layer.bias)
+    was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
+    return Repaired(span.module, was, now, moments.tokens)
 
 
-class _Stops:
-    """Hooks that stop whichever run has come to a projection."""
-
-    def __init__(self) -> None:
-        self._pause: Callable[[Any], None] | None = None
-
-    @contextmanager
-    def before(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-        """The hooks see what was to be read before gates have silenced any of it."""
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(partial(self._reads, name), prepend=True) for name in names
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def walk(self, model: Any, batch: dict[str, Tensor], pause: Callable[[Any], None]) -> None:
-        lean = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        self._pause = pause
-        with torch.no_grad():  # threads have their own grad mode
-            model(**batch, **lean)
-        self._pause = None
-
-    def _reads(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        mine, self._pause = self._pause, None
-        if mine is not None:
-            mine((name, args[0]))  # other runs go on meanwhile
-            self._pause = mine
-
-
-class _Run:
-    """A batch on its way through the model."""
-
-    def __init__(self, stops: _Stops, model: nn.Module, batch: dict[str, Tensor]) -> None:
-        self.batch = batch
-        self._run = Paused(partial(stops.walk, model, batch))
-        self.seen = torch.empty(0)
-
-    def step(self) -> str | None:
-        """On to the next projection; its name, or None at the end."""
-        name, self.seen = self._run.step() or (None, torch.empty(0))
-        return name
-
-    def leave(self) -> None:
-        self._run.leave()
-
-
-@dataclass
-class _Place:
-    """An output projection, and the moments of what its remaining columns read (z) and of what is lost with the others (r)."""
-
-    model: Any
-    span: Span
-    columns: Tensor
-    tokens: int = 0
-    moments: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def module(self) -> Any:
-        return self.model.get_submodule(self.span.module)
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in), as columns."""
-        return self.module.weight.detach().movedim(self.span.axis, -1).flatten(0, -2)
-
-    def add(self, batch: dict[str, Tensor], x: Tensor) -> None:
-        """`x`: (..., all columns), or of a convolution (batch, all columns, ...)."""
-        x = x.movedim(1, -1) if isinstance(self.module, nn.Conv1d | nn.Conv2d) else x
-        mask = attended(self.model, batch, self.span.module, x.shape[:-1])
-        x = x.flatten(0, -2) if mask is None else x[mask]
-        x = x if x.dtype == torch.float64 else x.float()
-        columns, weight = self.columns.to(x.device), self.weight.to(x)
-        gone = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device).index_fill_(0, columns, False)
-        z, r = x[:, columns], x[:, gone] @ weight[:, gone].T
-        power = (z @ weight[:, columns].T + r).square().sum()
-        found = {"zz": z.T @ z, "rz": r.T @ z, "z": z.sum(0), "r": r.sum(0), "rr": r.square().sum(), "power": power}
-        for name, value in found.items():
-            self.moments[name] = self.moments[name] + value.double() if self.tokens else value.double()
-        self.tokens += len(z)
-
-    def solve(self, damping: float) -> Repaired:
-        if not self.tokens:
-            return Repaired(self.span.module, 0.0, 0.0, 0)
-        layer, axis = self.module, self.span.axis
-        zz, rz, z, r, before, power = (self.moments.pop(name) / self.tokens for name in ("zz", "rz", "z", "r", "rr", "power"))
-        after, has_bias = before, getattr(layer, "bias", None) is not None
-        if has_bias:
-            zz, rz, after = zz - z[:, None] * z, rz - r[:, None] * z, before - r.square().sum()
-        more = agreed(_divided(rz, zz, damping))
-        after = after - 2 * (more * rz).sum() + (more * (more @ zz)).sum()
-        columns = self.columns.to(layer.weight.device)
-        old = layer.weight.detach().index_select(axis, columns).movedim(axis, -1)
-        new = (old.flatten(0, -2).double() + more.to(old.device)).to(old).reshape(old.shape)
-        layer.weight.data.index_copy_(axis, columns, new.movedim(-1, axis))
-        if has_bias:
-            layer.bias.data += agreed(r - more.to(z) @ z).to(layer.bias)
-        was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
-        return Repaired(self.span.module, was, now, self.tokens)
+def _mean_square(weight: Tensor, square: Tensor) -> Tensor:
+    """mean |W x|^2, of the second moments of x."""
+    return (weight * (weight @ square)).sum()
 
 
 def _divided(left: Tensor, moments: Tensor, damping: float) -> Tensor:
@@ -292,7 +157,7 @@ def _can_fold(model: nn.Module, units: Units) -> bool:
     """Every output has a bias, reads one position, and one entry a unit."""
     layers = [_reader(model, span) for span in units.outputs]
     return units.size == 1 and all(
-        getattr(layer, "bias", None) is not None and not _hopeless(model, units, span)
+        getattr(layer, "bias", None) is not None and not unreadable(model, units, span)
         for layer, span in zip(layers, units.outputs, strict=True)
     )
 

@@ -18,7 +18,9 @@ from hfcompress.anatomy import Span, Units
 from hfcompress.calibration import Batches, attended, evaluating, examples, given, singles
 from hfcompress.errors import CompressionError
 from hfcompress.lesson import foretells_next
+from hfcompress.moments import DAMPING, Moments, columns_of, each, unreadable
 from hfcompress.processes import agreed
+from hfcompress.surgeon import prices
 from hfcompress.surgery import gate
 
 
@@ -95,12 +97,6 @@ def activation(model: Any, all_units: list[Units], batches: Batches | None = Non
     For a neuron this is mean |x| times the norm of its column, as Sun et al. 2023, Wanda (arXiv 2306.11695), weigh activations:
     the norm of x alone would change if x were doubled and W halved. Coupled units: the sum over their projections.
     """
-    for units in all_units:
-        if units.lanes > 1:
-            raise CompressionError(
-                f"scores: activation can't see what single experts of {units.name} hand on, as they compute inside one "
-                f"forward; possible are {', '.join(name for name in SCORES if name != 'activation')}; choose one of these."
-            )
     now: dict[str, Any] = {}
     readings = [[_Reading(model, units, span, now) for span in units.outputs] for units in all_units]
     handles = [gate(model, reading.units, reading) for several in readings for reading in several]
@@ -135,6 +131,39 @@ class _Reading:
 
     def mean(self) -> Tensor:
         return self.total / max(self.tokens, 1)
+
+
+def obs(model: Any, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
+    """The share of what its layer says that is lost when a unit and all cheaper ones are gone, and the rest makes up for it.
+
+    Layer-wise Optimal Brain Surgeon, which `surgeon` explains: the score to choose before `repair`, which does make up for it.
+    Coupled units pay in all their projections. Every layer is seen in the model as it is.
+    """
+    for units in all_units:
+        for span in units.outputs:
+            if why := unreadable(model, units, span):
+                raise CompressionError(
+                    f"scores: obs can't tell what {span.tensor} makes of its units: {why}; possible are "
+                    f"{', '.join(name for name in SCORES if name != 'obs')}; choose one of these."
+                )
+    found: list[Tensor | None] = [None] * len(all_units)
+    waiting: dict[str, Moments] = {}
+    at = {span.module: number for number, units in enumerate(all_units) for span in units.outputs}
+
+    def price(name: str, moments: Moments) -> None:
+        waiting[name] = moments
+        units = all_units[at[name]]
+        if not all(span.module in waiting for span in units.outputs):
+            return
+        layers = [(model.get_submodule(span.module), span) for span in units.outputs]
+        weights = [columns_of(layer.weight, span) for layer, span in layers]
+        squares = [
+            waiting.pop(span.module).square(about_mean=getattr(layer, "bias", None) is not None) for layer, span in layers
+        ]
+        found[at[name]] = prices(weights, squares, units.size, DAMPING).float()
+
+    each(model, at, batches, "scores: obs", price, past_gates=True)
+    return [torch.zeros(units.shape) if some is None else some for units, some in zip(all_units, found, strict=True)]
 
 
 class _TogetherFails(Exception):
@@ -279,13 +308,21 @@ class Score:
     says: str
     needs_data: bool = False
     needs_labels: bool = False
+    sees_experts: bool = True
+    """Whether it tells the units of one expert from those of another, which compute inside one forward."""
 
 
 SCORES = {
     "gradient": Score(gradient, "how much the loss would notice (Michel et al. 2019)", True, True),
     "fisher": Score(fisher, "the same squared (Optimal Brain Damage)", True, True),
     "taylor": Score(taylor, "|weight x gradient| of all it owns (Molchanov et al. 2019)", True, True),
-    "activation": Score(activation, "what it adds to its layer's output, no labels needed", True),
+    "activation": Score(activation, "what it adds to its layer's output, no labels needed", True, sees_experts=False),
+    "obs": Score(
+        obs,
+        "what its layer loses though the rest makes up for it: the one for repair, no labels needed",
+        True,
+        sees_experts=False,
+    ),
     "magnitude": Score(magnitude, "the L2 norm of its weights, no data needed"),
     "l2": Score(magnitude, "the same as magnitude"),
     "l1": Score(l1, "the L1 norm"),
@@ -295,6 +332,12 @@ SCORES = {
 
 def score(name: str, model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
     """What every unit is worth by the score of that name; the same on all processes."""
+    for units in all_units:
+        if units.lanes > 1 and not SCORES[name].sees_experts:
+            raise CompressionError(
+                f"scores: {name} can't see what single experts of {units.name} hand on, as they compute inside one forward; "
+                f"possible are {', '.join(other for other, one in SCORES.items() if one.sees_experts)}; choose one of these."
+            )
     found = SCORES[name].of(model, all_units, batches, seed)
     for units, values in zip(all_units, found, strict=True):
         if not values.isfinite().all():

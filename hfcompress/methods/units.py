@@ -16,9 +16,10 @@ from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.even import check_even
 from hfcompress.fading import Fading
 from hfcompress.methods.base import Method, Tick
+from hfcompress.moments import DAMPING
 from hfcompress.proof import units_of
 from hfcompress.ranking import Target, chosen
-from hfcompress.repair import DAMPING, fold_constants, repair
+from hfcompress.repair import fold_constants, repair
 from hfcompress.saved import SUFFIX, save_scores, saved_scores
 from hfcompress.scores import SCORES, score
 from hfcompress.surgery import check_cuttable, check_no_adapter, cut
