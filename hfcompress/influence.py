@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfcompress.calibration import evaluating
+from hfcompress.calibration import Batches, attended, evaluating, given
 from hfcompress.errors import CompressionError
 from hfcompress.processes import agreed
 from hfcompress.stacks import Stack
-
-Batches = Callable[[], Iterable[dict[str, Tensor]]]
 
 
 def block_influence(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Tensor:
@@ -40,7 +37,7 @@ def loss_without(model: nn.Module, stack: Stack, batches: Batches, skipped: list
     handles = [skip(model.get_submodule(stack.name)[index]) for index in skipped]  # type: ignore[index]
     try:
         with evaluating(model), torch.no_grad():
-            for batch in batches():
+            for batch in given(batches, f"{asked}: a score"):
                 loss = model(**batch).loss
                 if loss is None:
                     raise CompressionError(
@@ -50,8 +47,6 @@ def loss_without(model: nn.Module, stack: Stack, batches: Batches, skipped: list
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
-        raise _no_batch(asked)
     return agreed(torch.tensor(total / seen)).item()
 
 
@@ -70,14 +65,6 @@ def skip(layer: nn.Module) -> RemovableHandle:
         )
 
     return layer.register_forward_hook(identity, with_kwargs=True)
-
-
-def token_mask(batch: dict[str, Tensor], tokens: tuple[int, ...], answers: bool = False) -> Tensor | None:
-    """Which of (batch, length) tokens are no padding, if the batch tells it. `answers`: of a decoder beside an encoder."""
-    mask = batch.get("decoder_attention_mask" if answers else "attention_mask")
-    if mask is None and answers and "labels" in batch:
-        mask = batch["labels"] != -100
-    return mask != 0 if mask is not None and tuple(mask.shape) == tokens else None
 
 
 def _cosines(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Tensor:
@@ -101,7 +88,7 @@ def _cosines(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Te
     ]
     try:
         with evaluating(model), torch.no_grad():
-            for batch in batches():
+            for batch in given(batches, f"{asked}: a score"):
                 states.clear()
                 model(**batch)
                 if len(states) <= stack.count or len({state.shape for state in states.values()}) > 1:
@@ -110,20 +97,17 @@ def _cosines(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Te
                         f"that are called one by one and keep the shape; choose scores: position."
                     )
                 ordered = [states[place] for place in range(stack.count + 1)]
-                answers = stack.side == "decoder" and bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
-                cosines, count = _mean_cosines(ordered, token_mask(batch, tuple(ordered[0].shape[:2]), answers))
+                cosines, count = _mean_cosines(ordered, attended(model, batch, stack.name, ordered[0].shape[:-1]))
                 totals, seen = totals + cosines, seen + count
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
-        raise _no_batch(asked)
     return agreed(totals / seen)
 
 
 def _mean_cosines(states: list[Tensor], mask: Tensor | None) -> tuple[Tensor, float]:
     """Sums of cosines over tokens, (layers + 1, layers + 1), and how many tokens there are."""
-    flat = [state.flatten(0, -2) if mask is None or state.dim() != 3 else state[mask] for state in states]
+    flat = [state.flatten(0, -2) if mask is None else state[mask] for state in states]
     units = torch.stack([torch.nn.functional.normalize(state, dim=-1) for state in flat])
     return torch.einsum("ith,jth->ij", units, units).cpu(), float(units.shape[1])
 
@@ -133,7 +117,3 @@ def _first(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values
     return next(value for value in (values.values() if isinstance(values, dict) else values) if isinstance(value, Tensor))
-
-
-def _no_batch(asked: str) -> CompressionError:
-    return CompressionError(f"{asked}: scores need calibration data, and the task gave no batch; check its data set.")

@@ -66,7 +66,9 @@ Then = Callable[[str, Moments], None]
 
 
 @torch.no_grad()
-def each(model: Any, names: Iterable[str], batches: Batches | None, asked: str, then: Then, past_gates: bool = False) -> None:
+def for_each_projection(
+    model: Any, names: Iterable[str], batches: Batches | None, asked: str, then: Then, past_gates: bool = False
+) -> None:
     """Call `then` with the name and the moments of every projection that runs, in the order of the model.
 
     What `then` does to a projection, those after it feel: all batches wait for each other before every projection, so this

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hfcompress.anatomy import Span, Units
 from hfcompress.calibration import Batches, evaluating
 from hfcompress.examples import example
-from hfcompress.moments import DAMPING, Moments, columns_of, each, unreadable
+from hfcompress.moments import DAMPING, Moments, columns_of, for_each_projection, unreadable
 from hfcompress.processes import agreed
 
 
@@ -61,7 +61,7 @@ def repair(
         told.append(_solve(model, *places[name], moments, damping))
 
     if places:
-        each(model, places, batches, "repair", solve)
+        for_each_projection(model, places, batches, "repair", solve)
     return told
 
 

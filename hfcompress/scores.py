@@ -18,7 +18,7 @@ from hfcompress.anatomy import Span, Units
 from hfcompress.calibration import Batches, attended, evaluating, examples, given, singles
 from hfcompress.errors import CompressionError
 from hfcompress.lesson import foretells_next
-from hfcompress.moments import DAMPING, Moments, columns_of, each, unreadable
+from hfcompress.moments import DAMPING, Moments, columns_of, for_each_projection, unreadable
 from hfcompress.processes import agreed
 from hfcompress.surgeon import prices
 from hfcompress.surgery import gate
@@ -162,7 +162,7 @@ def obs(model: Any, all_units: list[Units], batches: Batches | None = None, seed
         ]
         found[at[name]] = prices(weights, squares, units.size, DAMPING).float()
 
-    each(model, at, batches, "scores: obs", price, past_gates=True)
+    for_each_projection(model, at, batches, "scores: obs", price, past_gates=True)
     return [torch.zeros(units.shape) if some is None else some for units, some in zip(all_units, found, strict=True)]
 
 

@@ -270,7 +270,7 @@ def _settle(model: nn.Module, part: Any, change: dict[str, int], edits: Structur
         fewer = diff(model)
         if set(fewer) <= set(edits) and _unexplained(model, fewer) < unexplained:
             return fewer
-    except Exception:
+    except Exception:  # a config or model class refuses sizes with whatever error it likes: then this change is none
         pass
     vars(part).clear()
     vars(part).update(before)

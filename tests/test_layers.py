@@ -390,7 +390,11 @@ MISTAKES: list[tuple[dict[str, Any], Any, str]] = [
         None,
         "prune_layers: block_influence needs calibration data; give a task or batches with labels, or choose scores: position.",
     ),
-    ({"ratio": 0.5}, Given([]), "prune_layers: scores need calibration data, and the task gave no batch; check its data set."),
+    (
+        {"ratio": 0.5},
+        Given([]),
+        "prune_layers: a score needs calibration data, and the task gave no batch; check its data set.",
+    ),
     (
         {"ratio": 0.5, "scores": "loss"},
         Given([{"input_ids": torch.tensor([[5, 6]])}]),
