@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hfcompress.errors import CompressionError
@@ -51,17 +50,21 @@ def singles(model: Any, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]
         yield {key: value[row : row + 1] if value.dim() and len(value) == count else value for key, value in batch.items()}
 
 
-def attended(model: Any, batch: dict[str, Tensor], module: str, rows: torch.Size) -> Tensor | None:
-    """Which of the rows that a module reads are no padding: bool, of the shape `rows`, which is (batch, tokens) or all tokens
-    of the batch in one line. None where no mask tells: images, windows, sounds whose frames were merged."""
+def told(model: Any, batch: dict[str, Tensor], module: str, x: Tensor) -> Tensor:
+    """(rows, features): the rows of x (..., features), which a module reads or says, that are no padding.
+
+    The module's name tells whose padding: the decoder's, of an encoder-decoder, or that of the input. All rows are told where
+    no mask fits (batch, tokens, ...) or all tokens of the batch in one line: images, windows, sounds whose frames were merged.
+    """
     side = next((part for part in module.split(".") if part in ("encoder", "decoder")), None)
-    mask = batch.get("attention_mask")
+    mask, rows = batch.get("attention_mask"), x.shape[:-1]
     if model.config.is_encoder_decoder and side == "decoder":
         labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
         if mask is None and labels is not None and labels.dim() == 2:
             mask = labels != -100
     if mask is None or mask.dim() != 2:
-        return None
+        return x.flatten(0, -2)
+    mask = mask.bool().to(x.device)
     if tuple(rows[:2]) == tuple(mask.shape):
-        return mask.bool().reshape(*mask.shape, *[1] * (len(rows) - 2)).expand(rows)
-    return mask.bool().flatten() if tuple(rows) == (mask.numel(),) else None
+        return x[mask].flatten(0, -2)
+    return x[mask.flatten()] if tuple(rows) == (mask.numel(),) else x.flatten(0, -2)

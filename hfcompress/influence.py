@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfcompress.calibration import Batches, attended, evaluating, given
+from hfcompress.calibration import Batches, evaluating, given, told
 from hfcompress.errors import CompressionError
 from hfcompress.processes import agreed
 from hfcompress.stacks import Stack
@@ -97,7 +97,7 @@ def _cosines(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Te
                         f"that are called one by one and keep the shape; choose scores: position."
                     )
                 ordered = [states[place] for place in range(stack.count + 1)]
-                cosines, count = _mean_cosines(ordered, attended(model, batch, stack.name, ordered[0].shape[:-1]))
+                cosines, count = _mean_cosines([told(model, batch, stack.name, state) for state in ordered])
                 totals, seen = totals + cosines, seen + count
     finally:
         for handle in handles:
@@ -105,10 +105,9 @@ def _cosines(model: nn.Module, stack: Stack, batches: Batches, asked: str) -> Te
     return agreed(totals / seen)
 
 
-def _mean_cosines(states: list[Tensor], mask: Tensor | None) -> tuple[Tensor, float]:
-    """Sums of cosines over tokens, (layers + 1, layers + 1), and how many tokens there are."""
-    flat = [state.flatten(0, -2) if mask is None else state[mask] for state in states]
-    units = torch.stack([torch.nn.functional.normalize(state, dim=-1) for state in flat])
+def _mean_cosines(states: list[Tensor]) -> tuple[Tensor, float]:
+    """Sums of cosines over tokens, (layers + 1, layers + 1), and how many tokens there are, of states (tokens, hidden)."""
+    units = torch.stack([torch.nn.functional.normalize(state.to(states[0].device), dim=-1) for state in states])
     return torch.einsum("ith,jth->ij", units, units).cpu(), float(units.shape[1])
 
 

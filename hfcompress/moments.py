@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.anatomy import Span, Units
-from hfcompress.calibration import Batches, attended, evaluating, given
+from hfcompress.calibration import Batches, evaluating, given, told
 from hfcompress.lockstep import Paused
 
 DAMPING = 0.01
@@ -94,22 +94,17 @@ def _in_order(model: nn.Module, found: dict[str, Moments], runs: list[_Run], tim
         # Batches may differ in their way only where tokens choose it: then the first place in the model goes first.
         name = min(reached, key=order.__getitem__)
         here = [run for run in runs if at[run] == name]
+        is_convolution = isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d)  # (batch, columns, ...)
         if name in left:
             for run in here:
-                found[name].add(_rows(model, name, run.batch, run.seen))
+                x = run.seen.movedim(1, -1) if is_convolution else run.seen
+                found[name].add(told(model, run.batch, name, x))
             times[name] -= 1
             if not times[name]:
                 then(name, found.pop(name))
                 left.discard(name)
         for run in here if left else ():
             at[run] = run.step()
-
-
-def _rows(model: nn.Module, name: str, batch: dict[str, Tensor], x: Tensor) -> Tensor:
-    """(tokens, columns) of x (..., columns), or of a convolution (batch, columns, ...)."""
-    x = x.movedim(1, -1) if isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d) else x
-    mask = attended(model, batch, name, x.shape[:-1])
-    return x.flatten(0, -2) if mask is None else x[mask]
 
 
 def _times(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]) -> Counter[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.anatomy import Span, Units
-from hfcompress.calibration import Batches, attended, evaluating, examples, given, singles
+from hfcompress.calibration import Batches, evaluating, examples, given, singles, told
 from hfcompress.errors import CompressionError
 from hfcompress.lesson import foretells_next
 from hfcompress.moments import DAMPING, Moments, columns_of, for_each_projection, unreadable
@@ -123,8 +123,7 @@ class _Reading:
 
     def __call__(self, x: Tensor) -> Tensor:
         norms = torch.einsum("...cs,cst,...ct->...c", x.float(), self.gram, x.float()).clamp_min(0).sqrt()
-        mask = attended(self.model, self.now["batch"], self.units.output, norms.shape[:-1])
-        norms = norms.flatten(0, -2) if mask is None else norms[mask]
+        norms = told(self.model, self.now["batch"], self.units.output, norms)
         self.total += norms.double().sum(0).cpu()
         self.tokens += len(norms)
         return x.new_ones(())

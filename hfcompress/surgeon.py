@@ -83,7 +83,7 @@ class _Side:
         u, k, v = (part.unflatten(0, (-1, self.size)) for part in (u, k, v))
         self.g_own -= u @ k.mT
         self.b_own -= v @ u.mT + u @ v.mT
-        self.g_own[unit], self.b_own[unit] = torch.eye(self.size), 0.0
+        self.g_own[unit], self.b_own[unit] = torch.eye(self.size).to(self.g), 0.0
 
     def keep(self, units: Tensor) -> None:
         """The panel is full: bring everything up to date, without the units that have gone."""
