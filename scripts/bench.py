@@ -1,9 +1,9 @@
 """The measured tables of docs/: `make bench`.
 
-Runs the quickstart and the two language-model recipes on SmolLM2-135M (packages of the demo extras, no Hub), and writes each
-report as JSON and Markdown, with a picture, into docs/. Takes about half an hour on two cores.
+Runs the quickstart and the language-model recipes on SmolLM2-135M (packages of the demo extras, no Hub), and writes each
+report as JSON and Markdown, with a picture, into docs/. Takes about three quarters of an hour on two cores.
 
-    python scripts/bench.py [quickstart] [llm-nf4] [llm-low-rank]
+    python scripts/bench.py [quickstart] [llm-nf4] [llm-low-rank] [llm-prune]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[list[str], str]] = {
     "quickstart": ([], ""),
     "llm-nf4": ([SMOL, TEXT], NOTE),
     "llm-low-rank": ([SMOL, TEXT, "steps.0.low_rank.ratio=0.8"], NOTE),
+    "llm-prune": ([SMOL, TEXT], NOTE),
 }
 
 
