@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hfcompress.anatomy import Span, Units
 from hfcompress.calibration import Batches, evaluating, given, told
+from hfcompress.lanes import alive, lanes_read
 from hfcompress.lockstep import Paused
 
 DAMPING = 0.01
@@ -26,11 +27,11 @@ class Moments:
     """Of what one projection reads, x (columns,), over all tokens, padding excluded; float64."""
 
     tokens: int = 0
-    total: Tensor | float = 0.0
-    total_square: Tensor | float = 0.0
+    total: Any = 0.0
+    total_square: Any = 0.0
 
     def add(self, x: Tensor) -> None:
-        """`x`: (tokens, columns)."""
+        """`x`: (tokens, columns); no tokens make zeros."""
         x = x if x.dtype == torch.float64 else x.float()
         self.tokens += len(x)
         self.total = self.total + x.sum(0).double()
@@ -50,61 +51,102 @@ class Moments:
 def unreadable(model: nn.Module, units: Units, span: Span) -> str:
     """Why moments can't tell what one projection does with its units; empty where they can."""
     module = model.get_submodule(span.module)
-    if units.lanes > 1:
-        return "experts compute inside one forward, and what each of them reads can't be seen"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and max(module.kernel_size) > 1:
         return "it reads several positions at once"
     return ""
 
 
-def columns_of(weight: Tensor, span: Span) -> Tensor:
-    """(out, columns): the weight of a projection as what multiplies the columns that it reads."""
-    return weight.detach().movedim(span.axis, -1).flatten(0, -2)
+def lanes_of(model: nn.Module, units: Units, span: Span) -> list[tuple[Any, Tensor]]:
+    """For each lane of a projection: its bias or None, and its weight, columns last, which shares its memory: what is written
+    into it is the model's."""
+    module = model.get_submodule(span.module)
+    weight = getattr(module, span.tensor.rpartition(".")[2]).data.movedim(span.axis, -1)
+    return [(None, lane) for lane in weight] if units.lanes > 1 else [(getattr(module, "bias", None), weight)]
 
 
-Then = Callable[[str, Moments], None]
+def places_of(all_units: list[Units]) -> Places:
+    """Every projection that reads units, by the name of its module."""
+    return {span.module: (units, span) for units in all_units for span in units.outputs}
+
+
+Places = dict[str, tuple[Units, Span]]
+Then = Callable[[str, list[Moments]], None]
 
 
 @torch.no_grad()
 def for_each_projection(
-    model: Any, names: Iterable[str], batches: Batches | None, asked: str, then: Then, past_gates: bool = False
+    model: Any, places: Places, batches: Batches | None, asked: str, then: Then, past_gates: bool = False
 ) -> None:
-    """Call `then` with the name and the moments of every projection that runs, in the order of the model.
+    """Call `then` with the name of every projection that runs and the moments of each of its lanes, in the order of the model.
 
     What `then` does to a projection, those after it feel: all batches wait for each other before every projection, so this
     costs one forward in all, with every sample in memory. A projection that serves many layers, as in ALBERT, comes when all of
     them have read. `past_gates`: see what gates leave of x, not what comes to them.
     """
-    stops, found = _Stops(), {name: Moments() for name in names}
-    with evaluating(model), stops.before(model, found, not past_gates):
-        times = _times(model, found, next(iter(given(batches, asked))))
+    stops, found = _Stops(), {name: [Moments() for _ in range(units.lanes)] for name, (units, _) in places.items()}
+    late = [name for name, (units, _) in places.items() if past_gates and units.lanes == 1]
+    with evaluating(model), stops.before(model, [name for name in places if name not in late], late):
+        # Experts that the first batch leaves out may be asked by another one, once.
+        times = Counter(dict.fromkeys(places, 1)) | _times(model, places, next(iter(given(batches, asked))))
         runs = [_Run(stops, model, batch) for batch in given(batches, asked)]
+
+        def see(name: str, run: _Run) -> None:
+            read = rows_read(model, *places[name], run.batch, run.args, run.kwargs, past_gates)
+            for moments, rows in zip(found[name], read, strict=True):
+                moments.add(rows)
+
         try:
-            _in_order(model, found, runs, times, then)
+            _in_order(model, runs, times, see, lambda name: then(name, found.pop(name)))
         finally:
             for run in runs:
                 run.leave()
 
 
-def _in_order(model: nn.Module, found: dict[str, Moments], runs: list[_Run], times: Counter[str], then: Then) -> None:
+def _in_order(
+    model: nn.Module, runs: list[_Run], times: Counter[str], see: Callable[[str, _Run], None], done: Callable[[str], None]
+) -> None:
+    """All runs walk to the same projection, and are seen; when all have been there as often as they will, it is done."""
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    left = set(times)
     at = {run: run.step() for run in runs}
-    while left and (reached := {name for name in at.values() if name is not None}):
+    while +times and (reached := {name for name in at.values() if name is not None}):
         # Batches may differ in their way only where tokens choose it: then the first place in the model goes first.
         name = min(reached, key=order.__getitem__)
         here = [run for run in runs if at[run] == name]
-        is_convolution = isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d)  # (batch, columns, ...)
-        if name in left:
+        if times[name] > 0:
             for run in here:
-                x = run.seen.movedim(1, -1) if is_convolution else run.seen
-                found[name].add(told(model, run.batch, name, x))
+                see(name, run)
             times[name] -= 1
             if not times[name]:
-                then(name, found.pop(name))
-                left.discard(name)
-        for run in here if left else ():
+                done(name)
+        for run in here if +times else ():
             at[run] = run.step()
+
+
+def rows_read(
+    model: nn.Module,
+    units: Units,
+    span: Span,
+    batch: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    past_gates: bool,
+) -> list[Tensor]:
+    """(tokens, columns) that each lane of a projection reads when it is given these arguments, padding excluded."""
+    module = model.get_submodule(span.module)
+    if units.lanes > 1:
+        args = tuple(_tokens(model, batch, span.module, one) for one in args)
+        kwargs = {key: _tokens(model, batch, span.module, one) for key, one in kwargs.items()}
+        rows = lanes_read(module, units, span, args, kwargs)
+        if past_gates:
+            rows = [some * stays.to(some) for some, stays in zip(rows, alive(module, units, span), strict=True)]
+        return rows
+    x = args[0].movedim(1, -1) if isinstance(module, nn.Conv1d | nn.Conv2d) else args[0]  # (batch, columns, ...)
+    return [told(model, batch, span.module, x)]
+
+
+def _tokens(model: Any, batch: dict[str, Tensor], name: str, value: Any) -> Any:
+    """What experts are given, without padding: (tokens, ...) of states, choices and weights."""
+    return told(model, batch, name, value) if isinstance(value, Tensor) and value.dim() == 2 else value
 
 
 def _times(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]) -> Counter[str]:
@@ -128,9 +170,13 @@ class _Stops:
         self._pause: Callable[[Any], None] | None = None
 
     @contextmanager
-    def before(self, model: nn.Module, names: Iterable[str], gates: bool) -> Iterator[None]:
-        hooks = {name: model.get_submodule(name).register_forward_pre_hook for name in names}
-        handles = [hook(partial(self._reads, name), prepend=gates) for name, hook in hooks.items()]
+    def before(self, model: nn.Module, early: Iterable[str], late: Iterable[str]) -> Iterator[None]:
+        """Stop before, or after, gates have silenced what comes to these."""
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(partial(self._reads, name), prepend=first, with_kwargs=True)
+            for names, first in ((early, True), (late, False))
+            for name in names
+        ]
         try:
             yield
         finally:
@@ -144,10 +190,10 @@ class _Stops:
             model(**batch, **lean)
         self._pause = None
 
-    def _reads(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _reads(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mine, self._pause = self._pause, None
         if mine is not None:
-            mine((name, args[0]))  # other runs go on meanwhile
+            mine((name, args, kwargs))  # other runs go on meanwhile
             self._pause = mine
 
 
@@ -157,11 +203,12 @@ class _Run:
     def __init__(self, stops: _Stops, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self.batch = batch
         self._run = Paused(partial(stops.walk, model, batch))
-        self.seen = torch.empty(0)
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
 
     def step(self) -> str | None:
-        """On to the next projection; its name, or None at the end."""
-        name, self.seen = self._run.step() or (None, torch.empty(0))
+        """On to the next projection, which is given `args` and `kwargs`; its name, or None at the end."""
+        name, self.args, self.kwargs = self._run.step() or (None, (), {})
         return name
 
     def leave(self) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from hfcompress.anatomy import Span, Units
 from hfcompress.calibration import Batches, evaluating
 from hfcompress.examples import example
-from hfcompress.moments import DAMPING, Moments, columns_of, for_each_projection, unreadable
+from hfcompress.moments import DAMPING, Moments, Places, for_each_projection, lanes_of, unreadable
 from hfcompress.processes import agreed
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """One output projection, and the mean squared error of what it adds, as a share of the mean square of that."""
+    """An output projection, or an expert's: the mean squared error of what it adds, as a share of the mean square of that."""
 
     module: str
     before: float
@@ -47,42 +47,50 @@ def repair(
     (Ling et al. 2024, 2412.18110). Aiming at what the projection said in the original model, so that later layers mend
     what earlier ones could not, fits the samples rather than the text.
     """
-    places = {}
+    places: Places = {}
+    columns: dict[str, Tensor] = {}
     for units, keep in zip(all_units, kept, strict=True):
         for span in units.outputs:
             why = unreadable(model, units, span)
             if why:
-                logging.getLogger(__name__).warning("repair: %s is left as it is: %s.", span.tensor, why)
+                _leave(span, why)
             elif keep.shape[-1] < units.count:
-                places[span.module] = (span, span.index(keep, units.count))
+                places[span.module] = units, span
+                columns[span.module] = span.index(keep, units.count).reshape(units.lanes, -1)
     told: list[Repaired] = []
 
-    def solve(name: str, moments: Moments) -> None:
-        told.append(_solve(model, *places[name], moments, damping))
+    def solve(name: str, moments: list[Moments]) -> None:
+        units, span = places[name]
+        if not any(some.tokens for some in moments):
+            _leave(span, "what it reads can't be seen, or is never asked for")
+        lanes = zip(lanes_of(model, units, span), columns[name], moments, strict=True)
+        told.extend(_solve(name, *lane, some, mine, damping) for lane, some, mine in lanes if mine.tokens)
 
     if places:
         for_each_projection(model, places, batches, "repair", solve)
     return told
 
 
-def _solve(model: nn.Module, span: Span, columns: Tensor, moments: Moments, damping: float) -> Repaired:
-    layer = _reader(model, span)
-    old = columns_of(layer.weight, span)
-    columns = columns.to(old.device)
-    gone = torch.ones(old.shape[-1], dtype=torch.bool, device=old.device).index_fill_(0, columns, False)
-    has_bias = getattr(layer, "bias", None) is not None
-    raw, square = moments.square(about_mean=False), moments.square(about_mean=has_bias)
-    weight, lost = old.double(), old[:, gone].double()
-    power, before = (_mean_square(part, raw[rows][:, rows]) for part, rows in ((weight, slice(None)), (lost, gone)))
+def _leave(span: Span, why: str) -> None:
+    logging.getLogger(__name__).warning("repair: %s is left as it is: %s.", span.tensor, why)
+
+
+def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments, damping: float) -> Repaired:
+    """Write into the columns that stay of a lane (..., columns), and into its bias."""
+    weight = lane.flatten(0, -2).double()
+    columns = columns.to(weight.device)
+    gone = torch.ones(weight.shape[-1], dtype=torch.bool, device=weight.device).index_fill_(0, columns, False)
+    raw, square = moments.square(about_mean=False), moments.square(about_mean=bias is not None)
+    lost = weight[:, gone]
+    power, before = _mean_square(weight, raw), _mean_square(lost, raw[gone][:, gone])
     zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
-    more = agreed(_divided(rz, zz, damping)).to(old.device)
+    more = agreed(_divided(rz, zz, damping)).to(weight.device)
     after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
-    new = (weight[:, columns] + more).to(old).reshape(*layer.weight.movedim(span.axis, -1).shape[:-1], len(columns))
-    layer.weight.data.index_copy_(span.axis, columns, new.movedim(-1, span.axis))
-    if has_bias:
-        layer.bias.data += agreed(lost @ moments.mean[gone] - more @ moments.mean[columns]).to(layer.bias)
+    lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
+    if bias is not None:
+        bias.data += agreed(lost @ moments.mean[gone] - more @ moments.mean[columns]).to(bias)
     was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
-    return Repaired(span.module, was, now, moments.tokens)
+    return Repaired(name, was, now, moments.tokens)
 
 
 def _mean_square(weight: Tensor, square: Tensor) -> Tensor:

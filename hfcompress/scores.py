@@ -7,18 +7,19 @@ a gate on it, at 1: the unit is cut where g becomes 0. All scores are 0 or more,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hfcompress.anatomy import Span, Units
-from hfcompress.calibration import Batches, evaluating, examples, given, singles, told
+from hfcompress.calibration import Batches, evaluating, examples, given, singles
 from hfcompress.errors import CompressionError
 from hfcompress.lesson import foretells_next
-from hfcompress.moments import DAMPING, Moments, columns_of, for_each_projection, unreadable
+from hfcompress.moments import DAMPING, Moments, for_each_projection, lanes_of, places_of, rows_read, unreadable
 from hfcompress.processes import agreed
 from hfcompress.surgeon import prices
 from hfcompress.surgery import gate
@@ -99,7 +100,7 @@ def activation(model: Any, all_units: list[Units], batches: Batches | None = Non
     """
     now: dict[str, Any] = {}
     readings = [[_Reading(model, units, span, now) for span in units.outputs] for units in all_units]
-    handles = [gate(model, reading.units, reading) for several in readings for reading in several]
+    handles = [reading.watch() for several in readings for reading in several]
     try:
         with evaluating(model):
             for batch in given(batches, "scores: activation"):
@@ -112,24 +113,42 @@ def activation(model: Any, all_units: list[Units], batches: Batches | None = Non
 
 
 class _Reading:
-    """Sees what units hand to one output projection, as a gate that leaves everything as it is."""
+    """Sees what units hand to one output projection, and adds up |W x|."""
 
     def __init__(self, model: nn.Module, units: Units, span: Span, now: dict[str, Any]) -> None:
-        self.model, self.units, self.now = model, replace(units, outputs=(span,)), now
-        columns = _tensor(model, span.tensor).detach().float().movedim(span.axis, -1).flatten(0, -2)
-        columns = columns.unflatten(-1, (units.count, units.size))
-        self.gram = torch.einsum("ocs,oct->cst", columns, columns)
-        self.total, self.tokens = torch.zeros(units.count, dtype=torch.float64), 0
+        self.model, self.units, self.span, self.now = model, units, span, now
+        self.sizes = (units.count, units.size)
+        self.grams = []
+        for _, lane in lanes_of(model, units, span):
+            columns = lane.float().flatten(0, -2).unflatten(-1, self.sizes)
+            self.grams.append(torch.einsum("ocs,oct->cst", columns, columns))
+        self.total = torch.zeros(len(self.grams), units.count, dtype=torch.float64)
+        self.tokens = torch.zeros(len(self.grams), 1)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        norms = torch.einsum("...cs,cst,...ct->...c", x.float(), self.gram, x.float()).clamp_min(0).sqrt()
-        norms = told(self.model, self.now["batch"], self.units.output, norms)
-        self.total += norms.double().sum(0).cpu()
-        self.tokens += len(norms)
-        return x.new_ones(())
+    def watch(self) -> RemovableHandle:
+        """After gates; but experts' gates are on weights, and `rows_read` looks them up."""
+        module, first = self.model.get_submodule(self.span.module), self.units.lanes > 1
+        return module.register_forward_pre_hook(self._see, prepend=first, with_kwargs=True)
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read = rows_read(self.model, self.units, self.span, self.now["batch"], args, kwargs, past_gates=True)
+        for lane, (gram, rows) in enumerate(zip(self.grams, read, strict=True)):
+            x = rows.float().unflatten(-1, self.sizes)
+            norms = torch.einsum("ncs,cst,nct->nc", x, gram, x).clamp_min(0).sqrt()
+            self.total[lane] += norms.double().sum(0).cpu()
+            self.tokens[lane] += len(norms)
 
     def mean(self) -> Tensor:
-        return self.total / max(self.tokens, 1)
+        if self.units.lanes > 1 and not self.tokens.any():
+            raise _unseen("activation", self.units)
+        return (self.total / self.tokens.clamp_min(1)).reshape(self.units.shape)
+
+
+def _unseen(name: str, units: Units) -> CompressionError:
+    return CompressionError(
+        f"scores: {name} can't see what single experts of {units.name} read, as they don't multiply one by one; possible are "
+        f"{', '.join(other for other in SCORES if other not in ('activation', 'obs'))}; choose one of these."
+    )
 
 
 def obs(model: Any, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
@@ -145,24 +164,23 @@ def obs(model: Any, all_units: list[Units], batches: Batches | None = None, seed
                     f"scores: obs can't tell what {span.tensor} makes of its units: {why}; possible are "
                     f"{', '.join(name for name in SCORES if name != 'obs')}; choose one of these."
                 )
-    found: list[Tensor | None] = [None] * len(all_units)
-    waiting: dict[str, Moments] = {}
-    at = {span.module: number for number, units in enumerate(all_units) for span in units.outputs}
+    places = places_of(all_units)
+    waiting: dict[str, list[tuple[Tensor, Any]]] = {}
+    found: dict[str, Tensor] = {}
 
-    def price(name: str, moments: Moments) -> None:
-        waiting[name] = moments
-        units = all_units[at[name]]
-        if not all(span.module in waiting for span in units.outputs):
-            return
-        layers = [(model.get_submodule(span.module), span) for span in units.outputs]
-        weights = [columns_of(layer.weight, span) for layer, span in layers]
-        squares = [
-            waiting.pop(span.module).square(about_mean=getattr(layer, "bias", None) is not None) for layer, span in layers
-        ]
-        found[at[name]] = prices(weights, squares, units.size, DAMPING).float()
+    def price(name: str, moments: list[Moments]) -> None:
+        units, span = places[name]
+        if units.lanes > 1 and not any(some.tokens for some in moments):
+            raise _unseen("obs", units)
+        lanes = zip(lanes_of(model, units, span), moments, strict=True)
+        waiting[name] = [(lane.flatten(0, -2), some.square(about_mean=bias is not None)) for (bias, lane), some in lanes]
+        if all(one.module in waiting for one in units.outputs):
+            coupled = [waiting.pop(one.module) for one in units.outputs]
+            per_lane = [prices(list(sides), units.size, DAMPING) for sides in zip(*coupled, strict=True)]
+            found[units.output] = torch.stack(per_lane).reshape(units.shape).float()
 
-    for_each_projection(model, at, batches, "scores: obs", price, past_gates=True)
-    return [torch.zeros(units.shape) if some is None else some for units, some in zip(all_units, found, strict=True)]
+    for_each_projection(model, places, batches, "scores: obs", price, past_gates=True)
+    return [found.get(units.output, torch.zeros(units.shape)) for units in all_units]
 
 
 class _TogetherFails(Exception):
@@ -307,20 +325,17 @@ class Score:
     says: str
     needs_data: bool = False
     needs_labels: bool = False
-    sees_experts: bool = True
-    """Whether it tells the units of one expert from those of another, which compute inside one forward."""
 
 
 SCORES = {
     "gradient": Score(gradient, "how much the loss would notice (Michel et al. 2019)", True, True),
     "fisher": Score(fisher, "the same squared (Optimal Brain Damage)", True, True),
     "taylor": Score(taylor, "|weight x gradient| of all it owns (Molchanov et al. 2019)", True, True),
-    "activation": Score(activation, "what it adds to its layer's output, no labels needed", True, sees_experts=False),
+    "activation": Score(activation, "what it adds to its layer's output, no labels needed", True),
     "obs": Score(
         obs,
         "what its layer loses though the rest makes up for it: the one for repair, no labels needed",
         True,
-        sees_experts=False,
     ),
     "magnitude": Score(magnitude, "the L2 norm of its weights, no data needed"),
     "l2": Score(magnitude, "the same as magnitude"),
@@ -331,12 +346,6 @@ SCORES = {
 
 def score(name: str, model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
     """What every unit is worth by the score of that name; the same on all processes."""
-    for units in all_units:
-        if units.lanes > 1 and not SCORES[name].sees_experts:
-            raise CompressionError(
-                f"scores: {name} can't see what single experts of {units.name} hand on, as they compute inside one forward; "
-                f"possible are {', '.join(other for other, one in SCORES.items() if one.sees_experts)}; choose one of these."
-            )
     found = SCORES[name].of(model, all_units, batches, seed)
     for units, values in zip(all_units, found, strict=True):
         if not values.isfinite().all():

@@ -9,11 +9,11 @@ PANEL = 32
 """Units that go before the matrices are brought up to date: until then their changes wait as factors of low rank."""
 
 
-def prices(weights: list[Tensor], squares: list[Tensor], size: int, damping: float) -> Tensor:
+def prices(projections: list[tuple[Tensor, Tensor]], size: int, damping: float) -> Tensor:
     """(count,): the share of what the projections say that is lost when a unit and all that are cheaper have gone, 0 to 1.
 
-    `weights`: (out, count * size) of every projection that reads the units; `squares`: (count * size, count * size), S, the
-    second moments of what it reads. With G = (S + ridge)^-1, setting the columns J of a unit to zero and the others to what
+    `projections`: those that read the units, each as its weight (out, count * size) and the second moments of what it reads,
+    S (count * size, count * size). With G = (S + ridge)^-1, setting the columns J of a unit to zero and the others to what
     makes up for it best costs
 
         min mean |W x - W' x|^2 + ridge |W - W'|^2 = tr W_J (G_JJ)^-1 W_J^T     at W' = W - W_J (G_JJ)^-1 G_J:
@@ -22,10 +22,10 @@ def prices(weights: list[Tensor], squares: list[Tensor], size: int, damping: flo
     two units that say the same, the first is cheap and the second is not. Hassibi, Stork 1993, Optimal Brain Surgeon; by layers
     and least squares Frantar, Alistarh 2022 (arXiv 2208.11580); of whole units Kurtic et al. 2023, ZipLM (arXiv 2302.04089).
     """
-    if not all(bool(square.isfinite().all()) for square in squares):
-        return torch.full((len(squares[0]) // size,), torch.nan)
-    sides = [_Side(*pair, size, damping) for pair in zip(weights, squares, strict=True)]
-    count = len(squares[0]) // size
+    count = projections[0][0].shape[1] // size
+    if not all(bool(square.isfinite().all()) for _, square in projections):
+        return torch.full((count,), torch.nan)
+    sides = [_Side(weight, square, size, damping) for weight, square in projections]
     found = torch.zeros(count, dtype=torch.float64)
     left, gone, paid = torch.arange(count), torch.zeros(count, dtype=torch.bool), 0.0
     for step in range(count):

@@ -15,6 +15,7 @@ from hfcompress.layers import kind_of
 from hfcompress.lockstep import Paused
 from hfcompress.methods import PruneHeads, PruneNeurons, riding
 from hfcompress.methods.base import Batches
+from hfcompress.moments import for_each_projection, places_of, rows_read
 from hfcompress.proof import units_of
 from hfcompress.repair import Repaired, repair
 from hfcompress.scores import score
@@ -22,7 +23,7 @@ from hfcompress.surgery import cut
 from tests.test_scores import given, mixtral, ragged
 from tests.tiny import tiny_model
 
-KINDS = ("bert", "llama", "gpt2", "qwen3", "t5", "vit", "albert")
+KINDS = ("bert", "llama", "gpt2", "qwen3", "t5", "vit", "albert", "mixtral")
 
 
 def batches(kind: str, count: int = 6, size: int = 8) -> list[dict[str, Tensor]]:
@@ -54,7 +55,8 @@ def repaired(model: Any, part: str, kept: list[Tensor], data: list[dict[str, Ten
 
 
 def half(model: Any, part: str) -> list[Tensor]:
-    return [torch.arange(0, units.count, 2) for units in units_of(model, part)]
+    """(kept,), or (lanes, kept): the same of every expert."""
+    return [torch.arange(0, units.count, 2).expand(*units.shape[:-1], -1) for units in units_of(model, part)]
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -80,7 +82,7 @@ def test_what_others_can_say_is_cut_without_loss(kind: str, part: str) -> None:
     data = [{key: value.double() if value.is_floating_point() else value for key, value in batch.items()} for batch in data]
     expected = [logits(model, batch) for batch in data]
     told = repaired(model, part, half(model, part), data, damping=0.0)
-    assert len(told) == sum(len(units.outputs) for units in units_of(model, part))
+    assert len(told) == sum(len(units.outputs) * units.lanes for units in units_of(model, part))
     assert all(one.before > 1e-6 and one.after < 1e-9 for one in told)
     for batch, before in zip(data, expected, strict=True):
         rows = batch["attention_mask"].bool() if before.dim() == 3 and kind != "t5" else slice(None)
@@ -266,11 +268,61 @@ def test_a_repaired_cut_is_nearer_to_the_original(kind: str, method: Any) -> Non
     assert off[1] < 0.8 * off[0]
 
 
-def test_experts_are_left_alone_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_experts_that_can_t_be_seen_are_left_alone_and_said_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfcompress.lanes._PRODUCTS", ())
     model = mixtral()
     with caplog.at_level(logging.WARNING), riding(model, [PruneNeurons(0.5, repair=True)], [ragged(True)]):
         pass
-    assert "mlp.experts.down_proj is left as it is: experts compute inside one forward" in caplog.text
+    assert "mlp.experts.down_proj is left as it is: what it reads can't be seen, or is never asked for" in caplog.text
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_what_an_expert_reads_is_what_it_makes_of_the_tokens_sent_to_it(implementation: str) -> None:
+    model, batch = mixtral(), ragged(True)
+    model.config._experts_implementation = implementation
+    experts = model.model.layers[1].mlp.experts
+    given: list[Any] = []
+    handle = experts.register_forward_pre_hook(lambda _, args: given.extend(args))
+    model(**batch)
+    handle.remove()
+    hidden, chosen, _ = given
+    units = units_of(model, "neurons")[1]
+    inputs = {"args": (hidden, *given[1:]), "kwargs": {}}
+    read = rows_read(model, units, units.outputs[0], batch, **inputs, past_gates=False)
+    attended = batch["attention_mask"].bool().flatten()
+    for expert, rows in enumerate(read):
+        mine = hidden[attended & (chosen == expert).any(-1)]
+        gate, up = (mine @ experts.gate_up_proj[expert].T).chunk(2, -1)
+        expected = (torch.nn.functional.silu(gate) * up).detach()
+        assert rows.shape == expected.shape, "in whatever order"
+        torch.testing.assert_close(rows.T @ rows, expected.T @ expected, atol=1e-7, rtol=1e-5)
+    assert (
+        sum(map(len, read)) == int(attended.sum()) * chosen.shape[1] and model.config._experts_implementation == implementation
+    )
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama", "t5"])
+def test_moments_are_of_what_gates_leave_or_of_what_comes_to_them(kind: str) -> None:
+    model, batch = given(kind)
+    all_units = units_of(model, "neurons")
+    fading = Fading(model, all_units)
+    fading.doom([torch.arange(4, units.count).expand(*units.shape[:-1], -1) for units in all_units])
+
+    def squares(past_gates: bool) -> Tensor:
+        found: list[Tensor] = []
+        places, then = places_of(all_units), lambda name, moments: found.extend(one.square(False).diagonal() for one in moments)
+        for_each_projection(model, places, lambda: [batch], "a test", then, past_gates)
+        return torch.stack(found)
+
+    whole = squares(True)
+    assert whole.gt(0).all() and torch.equal(whole, squares(False))
+    fading.silence(fading.doomed)
+    assert squares(False)[0].gt(0).all() and squares(True)[:, :4].eq(0).all() and squares(True)[:, 4:].gt(0).all()
+    assert score("activation", model, all_units, lambda: [batch])[0][..., :4].lt(1e-9).all()
+    fading.remove()
+    assert torch.equal(whole, squares(True)), "and nothing stays behind"
 
 
 def test_repair_asks_for_data() -> None:

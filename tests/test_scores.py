@@ -169,11 +169,6 @@ def test_activation_is_the_norm_of_what_a_unit_adds() -> None:
 def test_a_unit_that_nobody_reads_is_worth_nothing(kind: str, name: str) -> None:
     model, batch = given(kind)
     all_units = units_of(model, "neurons")
-    if kind == "mixtral" and not SCORES[name].sees_experts:
-        says = rf"scores: {name} can't see what single experts .* possible are gradient, .*l1, random; choose one of these"
-        with pytest.raises(CompressionError, match=says):
-            score(name, model, all_units, lambda: [batch])
-        return
     units = all_units[0]
     for span in units.outputs:
         tensor = model.get_parameter(span.tensor)
@@ -182,6 +177,15 @@ def test_a_unit_that_nobody_reads_is_worth_nothing(kind: str, name: str) -> None
             tensor.index_fill_(span.axis, index, 0.0)
     found = score(name, model, all_units, lambda: [batch])[0]
     assert found.shape == units.shape and (found[..., 1] < 1e-9).all() and found.max() > 1e-9
+
+
+@pytest.mark.parametrize("name", ["activation", "obs"])
+def test_experts_that_can_t_be_seen_have_their_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hfcompress.lanes._PRODUCTS", ())
+    model, batch = given("mixtral")
+    says = rf"scores: {name} can't see what single experts of .* possible are gradient, .*l1, random; choose one of these"
+    with pytest.raises(CompressionError, match=says):
+        score(name, model, units_of(model, "neurons"), lambda: [batch])
 
 
 def test_norms_are_those_of_all_weights_of_a_unit() -> None:
@@ -279,8 +283,6 @@ def test_heads_that_a_table_couples_are_one_decision() -> None:
 @pytest.mark.parametrize("name", [name for name in SCORES if name != "magnitude"])
 def test_every_score_cuts_every_kind_of_model(kind: str, name: str) -> None:
     model, batch = given(kind)
-    if kind == "mixtral" and not SCORES[name].sees_experts:
-        return  # refused, as said above
     for method in (
         PruneHeads(0.5, scores=name, ranking="layer" if kind == "t5" else "global"),
         PruneNeurons(0.5, scores=name, iterations=2, ranking="global", max_ratio=0.7),

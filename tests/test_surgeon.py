@@ -36,7 +36,7 @@ def lost(weight: Tensor, square: Tensor, gone: list[int], size: int, damping: fl
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_the_cheapest_goes_first_and_is_paid_for_in_full(units: int, size: int, sides: int, damping: float) -> None:
     weights, squares = problem(units, size, sides)
-    found = prices(weights, squares, size, damping)
+    found = prices(list(zip(weights, squares, strict=True)), size, damping)
 
     def cost(gone: list[int]) -> float:
         return sum(lost(weight, square, gone, size, damping) for weight, square in zip(weights, squares, strict=True))
@@ -54,7 +54,7 @@ def test_what_is_never_read_or_never_seen_is_free() -> None:
     (weight,), (square,) = problem(8, 2, 1)
     weight[:, 4:6] = 0.0
     square[10:12] = square[:, 10:12] = 0.0
-    found = prices([weight], [square], 2, 0.01)
+    found = prices([(weight, square)], 2, 0.01)
     assert (found[[2, 5]] < 1e-2).all() and (found[[0, 1, 3, 4, 6, 7]] > found[[2, 5]].max()).all()
-    assert torch.equal(prices([weight], [torch.zeros_like(square)], 2, 0.01).isfinite(), torch.ones(8, dtype=torch.bool))
-    assert prices([weight], [square * torch.inf], 2, 0.01).isnan().all(), "which is refused where scores are taken"
+    assert torch.equal(prices([(weight, torch.zeros_like(square))], 2, 0.01).isfinite(), torch.ones(8, dtype=torch.bool))
+    assert prices([(weight, square * torch.inf)], 2, 0.01).isnan().all(), "which is refused where scores are taken"
