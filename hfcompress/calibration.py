@@ -6,22 +6,31 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from hfcompress.errors import CompressionError
+from hfcompress.lesson import foretells_next
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
 """Makes the same batches every time that it is called."""
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards in the mode it was in: not all of them need be in the same."""
+def evaluating(model: Any) -> Iterator[None]:
+    """Every module in eval mode, answers by name and without states that nobody asked for; afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    plain = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+    config = getattr(model, "config", None)
+    fields = {field: getattr(config, field) for field in plain if hasattr(config, field)}
     model.eval()
     try:
+        for field in fields:
+            setattr(config, field, plain[field])
         yield
     finally:
+        for field, value in fields.items():
+            setattr(config, field, value)
         for module, mode in modes:
             module.training = mode
 
@@ -53,18 +62,45 @@ def singles(model: Any, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]
 def told(model: Any, batch: dict[str, Tensor], module: str, x: Tensor) -> Tensor:
     """(rows, features): the rows of x (..., features), which a module reads or says, that are no padding.
 
-    The module's name tells whose padding: the decoder's, of an encoder-decoder, or that of the input. All rows are told where
-    no mask fits (batch, tokens, ...) or all tokens of the batch in one line: images, windows, sounds whose frames were merged.
+    The module's name tells whose padding: the decoder's, of an encoder-decoder, or that of the input, which the decoder of a
+    classifier is given as well. x is (batch, tokens, ...), or (tokens, batch, ...), or all tokens of the batch in one line. All
+    rows are told where no mask fits: images, windows, sounds whose frames were merged, the tokens that one expert was sent.
     """
     side = next((part for part in module.split(".") if part in ("encoder", "decoder")), None)
-    mask, rows = batch.get("attention_mask"), x.shape[:-1]
+    mask, rows = batch.get("attention_mask"), tuple(x.shape[:-1])
     if model.config.is_encoder_decoder and side == "decoder":
-        labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
-        if mask is None and labels is not None and labels.dim() == 2:
-            mask = labels != -100
-    if mask is None or mask.dim() != 2:
+        labels, answers = batch.get("labels"), batch.get("decoder_attention_mask")
+        if answers is None and labels is not None and labels.dim() == 2:
+            answers = labels != -100
+        mask = mask if answers is None and (labels is not None and labels.dim() == 1) else answers
+    if mask is None or mask.dim() < 2:
         return x.flatten(0, -2)
-    mask = mask.bool().to(x.device)
-    if tuple(rows[:2]) == tuple(mask.shape):
-        return x[mask].flatten(0, -2)
-    return x[mask.flatten()] if tuple(rows) == (mask.numel(),) else x.flatten(0, -2)
+    mask = mask.bool().flatten(0, -2).to(x.device)  # the choices of multiple choice are texts as well
+    for order in (mask, mask.T):
+        if rows[:2] == tuple(order.shape):
+            return x[order].flatten(0, -2)
+    return x[mask.flatten()] if rows == (mask.numel(),) else x.flatten(0, -2)
+
+
+def labelled(model: Any, batch: dict[str, Tensor], output: Any) -> Tensor | None:
+    """(examples,): how many labels of each the loss is a mean over; None where that is not known."""
+    labels, logits = batch.get("labels"), getattr(output, "logits", None)
+    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or len(labels) != len(logits):
+        return None
+    if labels.is_floating_point() or (logits.dim() == 2 and labels.numel() == len(labels)):
+        return torch.ones(len(labels)) if labels.is_floating_point() else (labels.reshape(-1) != -100).float()
+    if labels.dim() == 2 and labels.shape == logits.shape[:2]:
+        known = labels != -100
+        return (known[:, 1:] if foretells_next(model) else known).sum(1).float()
+    return None
+
+
+def loss_of(output: Any, where: str, instead: str) -> Tensor:
+    """The loss; a CompressionError where the model gave none."""
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise CompressionError(
+            f"{where} needs a loss, and the model gave none: the batches hold no labels, or the model no head; add labels, or "
+            f"choose scores: {instead}."
+        )
+    return loss

@@ -32,7 +32,7 @@ class _Example:
         if "decoder_input_ids" in self.takes and self.config.is_encoder_decoder:
             made["decoder_input_ids"] = self._tokens("decoder")
         if "bbox" in self.takes:
-            corners = torch.randint(0, 8, (self.BATCH, self.LENGTH, 4), generator=self.generator)
+            corners = torch.randint(0, 8, (self.BATCH, self.LENGTH, 4), generator=self.generator, device="cpu")
             made["bbox"] = torch.cat([corners[..., :2], corners[..., :2] + corners[..., 2:]], dim=-1)
         made |= self._own(made)
         return {name: tensor.to(self.model.device) for name, tensor in made.items()}
@@ -101,7 +101,7 @@ class _Example:
                     special |= {one for one in (value if isinstance(value, list | tuple) else [value]) if type(one) is int}
         size = self._vocabulary(side)
         plain = torch.tensor([token for token in range(size) if token not in special] or [0])
-        return plain[torch.randint(0, len(plain), (self.BATCH, self.LENGTH, *more), generator=self.generator)]
+        return plain[torch.randint(0, len(plain), (self.BATCH, self.LENGTH, *more), generator=self.generator, device="cpu")]
 
     def _images(self) -> Tensor:
         part = getattr(self.config, "vision_config", None) or self.config
@@ -121,7 +121,7 @@ class _Example:
         return self._noise(self.BATCH, 64, bins * stacked)
 
     def _noise(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
+        return torch.randn(shape, generator=self.generator, device="cpu")
 
 
 def _parts(config: Any) -> Iterator[Any]:

@@ -130,7 +130,9 @@ def usage(model: nn.Module, experts: Mixtures, batches: Batches, asked: str) -> 
         )
         weights = weights.gather(1, index) if weights.shape != index.shape else weights
         total += torch.zeros(experts.count + 1).index_add_(
-            0, index.flatten().clamp(max=experts.count).cpu(), (weights.float() * real[:, None]).flatten().cpu()
+            0,
+            index.flatten().clamp(max=experts.count).cpu(),
+            (weights.float() * real[:, None].to(weights.device)).flatten().cpu(),
         )[:-1]
 
     handles = [
@@ -154,6 +156,11 @@ def usage(model: nn.Module, experts: Mixtures, batches: Batches, asked: str) -> 
             handle.remove()
     if not all(total.sum() for total in totals):
         raise CompressionError(f"{asked}: usage needs calibration data, and the task gave no batch; check its data set.")
+    if not all(bool(total.isfinite().all()) for total in totals):
+        raise CompressionError(
+            f"{asked}: usage is not finite, as the model's answers to the calibration data overflow; load the model in "
+            f"float32, or choose scores: magnitude."
+        )
     return [total / total.sum() for total in totals]
 
 

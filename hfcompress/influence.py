@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfcompress.calibration import Batches, evaluating, given, told
+from hfcompress.calibration import Batches, evaluating, examples, given, labelled, loss_of, told
 from hfcompress.errors import CompressionError
 from hfcompress.processes import agreed
 from hfcompress.stacks import Stack
@@ -32,21 +33,26 @@ def angular(model: nn.Module, stack: Stack, batches: Batches, size: int, asked: 
 
 
 def loss_without(model: nn.Module, stack: Stack, batches: Batches, skipped: list[int], asked: str) -> float:
-    """The mean loss over batches with these layers skipped."""
-    total, seen = 0.0, 0
+    """The mean loss over labels with these layers skipped."""
+    total, seen = 0.0, 0.0
     handles = [skip(model.get_submodule(stack.name)[index]) for index in skipped]  # type: ignore[index]
     try:
         with evaluating(model), torch.no_grad():
             for batch in given(batches, f"{asked}: a score"):
-                loss = model(**batch).loss
-                if loss is None:
-                    raise CompressionError(
-                        f"{asked}: loss needs labels, and the batches hold none; add labels, or choose scores: block_influence."
-                    )
-                total, seen = total + loss.item(), seen + 1
+                output = model(**batch)
+                known = labelled(model, batch, output)
+                worth = examples(model, batch) if known is None else float(known.sum())
+                if worth:  # else a mean over nothing
+                    total += worth * loss_of(output, f"{asked}: scores: loss", "block_influence").item()
+                    seen += worth
     finally:
         for handle in handles:
             handle.remove()
+    if not seen or not math.isfinite(total):
+        raise CompressionError(
+            f"{asked}: loss is not finite on the calibration data, or no batch has a label; load the model in float32, or "
+            f"choose scores: block_influence."
+        )
     return agreed(torch.tensor(total / seen)).item()
 
 

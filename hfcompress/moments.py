@@ -24,28 +24,36 @@ DAMPING = 0.01
 
 @dataclass
 class Moments:
-    """Of what one projection reads, x (columns,), over all tokens, padding excluded; float64."""
+    """Of what one projection reads, x (columns,), over all tokens, padding excluded; float64.
+
+    Sums are about the mean of the first tokens, as columns that hardly vary would else drown in their own square.
+    """
 
     tokens: int = 0
+    origin: Any = 0.0
     total: Any = 0.0
     total_square: Any = 0.0
 
     def add(self, x: Tensor) -> None:
         """`x`: (tokens, columns); no tokens make zeros."""
         x = x if x.dtype == torch.float64 else x.float()
+        if not self.tokens:
+            self.origin = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
         self.tokens += len(x)
+        x = x - self.origin
         self.total = self.total + x.sum(0).double()
         self.total_square = self.total_square + (x.T @ x).double()
 
     @property
     def mean(self) -> Any:
         """(columns,)"""
-        return self.total / max(self.tokens, 1)
+        return self.origin + self.total / max(self.tokens, 1)
 
     def square(self, about_mean: bool) -> Any:
         """(columns, columns): mean x x^T, about the means where a bias can take these over."""
-        found: Any = self.total_square / max(self.tokens, 1)
-        return found - self.mean[:, None] * self.mean if about_mean else found
+        off, found = self.total / max(self.tokens, 1), self.total_square / max(self.tokens, 1)
+        central = found - off[:, None] * off
+        return central if about_mean else central + self.mean[:, None] * self.mean
 
 
 def unreadable(model: nn.Module, units: Units, span: Span) -> str:

@@ -94,9 +94,16 @@ def _prove(kind: Any, config: PreTrainedConfig) -> Proof:
 
 
 def _plain_config(model: Any) -> PreTrainedConfig:
+    """The config without what makes no other architecture: how it is stored, what it answers, which kernel attends.
+
+    Under eager attention every count that a forward could read is read; sdpa may leave groups of keys and values to its kernel.
+    """
     config = copy.deepcopy(model.config)
     config.quantization_config = None
     del config.quantization_config
+    config._attn_implementation = "eager"
+    config.output_hidden_states = config.output_attentions = False
+    config.return_dict = True
     return config
 
 
@@ -179,7 +186,8 @@ def _alike(candidates: list[Units]) -> list[list[Units]]:
 def _guesses(specimen: nn.Module, candidates: list[Units]) -> Iterator[list[Units]]:
     """The candidates with what their modules may count: the units, then widths as well, then nothing."""
     seen: list[list[Units]] = []
-    more = (WIDTH_COUNTS, ("num_key_value_groups",), CONFIG_COUNTS)
+    groups = ("num_key_value_groups",)
+    more = (WIDTH_COUNTS, groups, (*WIDTH_COUNTS, *groups), CONFIG_COUNTS)
     if not candidates:
         return
     for names in (OWN_COUNTS, *((*OWN_COUNTS, *extra) for extra in more), WIDTH_COUNTS, ()):
@@ -260,7 +268,7 @@ def _some(units: Units, number: int) -> Tensor:
         fewer = 8 if units.count > 8 else 1  # kernels for stacked experts want multiples of eight
         start = [(lane + number) % (units.count - fewer) for lane in range(units.lanes)]
         return torch.stack([torch.tensor([i for i in range(units.count) if not s <= i < s + fewer]) for s in start])
-    fewer = min(units.count - 1, 1 + units.count // 4 * (number % 2)) if units.count > 2 else 1 - number % 2
+    fewer = min(units.count - 1, 1 + max(1, units.count // 4) * (number % 2)) if units.count > 2 else 1 - number % 2
     doomed = {(number + 2 * i) % units.count for i in range(fewer)}
     return torch.tensor([i for i in range(units.count) if i not in doomed])
 

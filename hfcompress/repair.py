@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,11 +29,38 @@ class Repaired:
     tokens: int
 
 
+class Undo:
+    """What was added to tensors, on the CPU, so that it can be taken away again, whatever training has added since."""
+
+    def __init__(self) -> None:
+        self._added: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def noting(self, *tensors: Tensor | None) -> Iterator[None]:
+        given = [tensor for tensor in tensors if tensor is not None]
+        before = [tensor.detach().to("cpu", copy=True) for tensor in given]
+        try:
+            yield
+        finally:
+            self._added += [(tensor, tensor.detach().cpu() - old) for tensor, old in zip(given, before, strict=True)]
+
+    def undo(self) -> None:
+        while self._added:
+            tensor, added = self._added.pop()
+            tensor.data -= added.to(tensor.device)
+
+
 @torch.no_grad()
 def repair(
-    model: Any, all_units: list[Units], kept: list[Tensor], batches: Batches | None, damping: float = DAMPING
+    model: Any,
+    all_units: list[Units],
+    kept: list[Tensor],
+    batches: Batches | None,
+    damping: float = DAMPING,
+    undo: Undo | None = None,
 ) -> list[Repaired]:
-    """Solve the columns that stay in every output projection anew, in place. The units that go must be silent already.
+    """Solve the columns that stay in every output projection anew, in place. The units that go must be silent already, and
+    become so for good: their columns are zero afterwards.
 
     With z what the columns that stay read, and r = W_cut x_cut what the others would add, D and d minimise
 
@@ -47,6 +76,7 @@ def repair(
     (Ling et al. 2024, 2412.18110). Aiming at what the projection said in the original model, so that later layers mend
     what earlier ones could not, fits the samples rather than the text.
     """
+    undo = undo or Undo()
     places: Places = {}
     columns: dict[str, Tensor] = {}
     for units, keep in zip(all_units, kept, strict=True):
@@ -64,7 +94,8 @@ def repair(
         if not any(some.tokens for some in moments):
             _leave(span, "what it reads can't be seen, or is never asked for")
         lanes = zip(lanes_of(model, units, span), columns[name], moments, strict=True)
-        told.extend(_solve(name, *lane, some, mine, damping) for lane, some, mine in lanes if mine.tokens)
+        with undo.noting(*_owned(model, span)):
+            told.extend(_solve(name, *lane, some, mine, damping) for lane, some, mine in lanes if mine.tokens)
 
     if places:
         for_each_projection(model, places, batches, "repair", solve)
@@ -87,6 +118,7 @@ def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments
     more = agreed(_divided(rz, zz, damping)).to(weight.device)
     after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
     lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
+    lane[..., gone] = 0.0
     if bias is not None:
         bias.data += agreed(lost @ moments.mean[gone] - more @ moments.mean[columns]).to(bias)
     was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
@@ -109,12 +141,14 @@ def _divided(left: Tensor, moments: Tensor, damping: float) -> Tensor:
 
 
 @torch.no_grad()
-def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor]) -> list[Tensor]:
-    """Fold what doomed units always say into the bias that follows; which ones these were, of the shape of the units.
+def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], undo: Undo | None = None) -> list[Tensor]:
+    """Fold what doomed units always say into the bias that follows; which ones these were, of the shape of the units. Their
+    columns are zero afterwards.
 
     A neuron whose weights are all zero still speaks if it has a bias: W act(b) is then a constant, and cutting it is exact if
     the next bias takes it over. The constant is read off a forward of random inputs, so that no activation need be known.
     """
+    undo = undo or Undo()
     folded = [torch.zeros_like(some) for some in doomed]
     found: dict[tuple[int, int], list[Tensor]] = {}
     for number, (units, some) in enumerate(zip(all_units, doomed, strict=True)):
@@ -146,15 +180,21 @@ def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor]) -> 
         if not torch.allclose(rows, rows[:1], atol=1e-5, rtol=1e-3):  # kernels round the last few entries of a row otherwise
             folded[number].zero_()
             continue
-        layer = _reader(model, span)
-        index = folded[number].nonzero().flatten().to(layer.weight.device)
-        columns = layer.weight.detach().index_select(span.axis, index).movedim(span.axis, -1).flatten(0, -2)
-        layer.bias.data += (columns.double() @ rows[0].double()).to(layer.bias)
+        ((bias, weight),) = lanes_of(model, all_units[number], span)
+        index = folded[number].to(weight.device)
+        with undo.noting(*_owned(model, span)):
+            bias.data += (weight[..., index].flatten(0, -2).double() @ rows[0].double()).to(bias)
+            weight[..., index] = 0.0
     return folded
 
 
 def _reader(model: nn.Module, span: Span) -> Any:
     return model.get_submodule(span.module)
+
+
+def _owned(model: nn.Module, span: Span) -> tuple[Tensor | None, ...]:
+    """The weight, and the bias if there is one."""
+    return tuple(getattr(_reader(model, span), leaf, None) for leaf in (span.tensor.rpartition(".")[2], "bias"))
 
 
 def _channel(layer: nn.Module) -> int:

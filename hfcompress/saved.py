@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,12 +19,23 @@ FORMAT = "1"
 SUFFIX = ".safetensors"
 
 
+def check_place(path: str, where: str) -> None:
+    """Before anything is scored: whether a file can be written there."""
+    folder, why = Path(path).parent, "it is a folder" if Path(path).is_dir() else ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = str(error.strerror)
+    if why or not os.access(folder, os.W_OK):
+        why = why or "the folder is read-only"
+        raise CompressionError(f"{where}: save_scores: {path} can't be written ({why}); give a file in a folder that can.")
+
+
 def save_scores(path: str, model: Any, all_units: list[Units], scores: list[Tensor], **about: Any) -> None:
     """One tensor for each of the units, by the name of their output projection; what they are stands in the metadata."""
     if not processes().is_main_process:
         return
     told = {"format": FORMAT, "model_type": model.config.model_type, "kind": all_units[0].kind, **about}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     tensors = {units.output: values.contiguous() for units, values in zip(all_units, scores, strict=True)}
     save_file(tensors, path, metadata={key: str(value) for key, value in told.items()})
 

@@ -6,6 +6,7 @@ a gate on it, at 1: the unit is cut where g becomes 0. All scores are 0 or more,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfcompress.anatomy import Span, Units
-from hfcompress.calibration import Batches, evaluating, examples, given, singles
+from hfcompress.calibration import Batches, evaluating, examples, given, labelled, loss_of, singles
 from hfcompress.errors import CompressionError
-from hfcompress.lesson import foretells_next
 from hfcompress.moments import DAMPING, Moments, for_each_projection, lanes_of, places_of, rows_read, unreadable
 from hfcompress.processes import agreed
 from hfcompress.surgeon import prices
 from hfcompress.surgery import gate
+
+WITHOUT_LABELS = "activation, obs or magnitude"
 
 
 def magnitude(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
@@ -38,7 +40,7 @@ def l1(model: nn.Module, all_units: list[Units], batches: Batches | None = None,
 def at_random(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
     """By chance: what every other score must beat."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(units.shape, generator=generator) for units in all_units]
+    return [torch.rand(units.shape, generator=generator, device="cpu") for units in all_units]
 
 
 def gradient(model: nn.Module, all_units: list[Units], batches: Batches | None = None, seed: int = 0) -> list[Tensor]:
@@ -72,11 +74,13 @@ def taylor(model: Any, all_units: list[Units], batches: Batches | None = None, s
         with evaluating(model), torch.enable_grad():
             for batch in given(batches, "scores: taylor"):
                 output = model(**batch)
-                known = _known(model, batch, output)
+                known = labelled(model, batch, output)
                 worth = float(known.sum()) if known is not None else examples(model, batch)
                 if not worth:
                     continue
-                slopes = torch.autograd.grad(_loss(output, "taylor"), list(weights.values()), allow_unused=True)
+                slopes = torch.autograd.grad(
+                    loss_of(output, "scores: taylor", WITHOUT_LABELS), list(weights.values()), allow_unused=True
+                )
                 for total, slope in zip(totals.values(), slopes, strict=True):
                     if slope is not None:
                         total.add_(slope, alpha=worth)
@@ -198,8 +202,8 @@ class _Gates:
         """`x`: (..., count, size), or experts' weights (lanes, ..., count, size)."""
         units = self.all_units[position]
         together = self.count > 1
-        if together and (x.dim() < 4 or x.shape[0] != self.count):
-            raise _TogetherFails  # tokens or windows of all examples in one line
+        if together and (x.dim() < 4 or x.shape[0] != self.count or x.shape[1] == self.count):
+            raise _TogetherFails  # tokens or windows of all examples in one line, or perhaps (tokens, examples)
         leaf = self.leaves[position]
         if leaf is None:
             leaf = torch.ones(self.count, *units.shape, device=x.device, requires_grad=True)
@@ -214,8 +218,8 @@ class _Gates:
         self.count = examples(model, batch)
         self.leaves = [None] * len(self.all_units)
         output = model(**batch)
-        loss = _loss(output, name)
-        known = _known(model, batch, output)
+        loss = loss_of(output, f"scores: {name}", WITHOUT_LABELS)
+        known = labelled(model, batch, output)
         if self.count > 1 and known is None:
             raise _TogetherFails
         if known is not None and not known.any():  # a mean over nothing
@@ -266,29 +270,6 @@ def _mean(slopes: Iterator[list[Tensor]], of: Callable[[Tensor], Tensor]) -> lis
         totals = [total + value for total, value in zip(totals, values, strict=True)] if totals else values
         seen += len(several[0])
     return [(total / seen).float() for total in totals]
-
-
-def _loss(output: Any, name: str) -> Tensor:
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        raise CompressionError(
-            f"scores: {name} needs a loss, and the batches hold no labels; add labels, or choose scores: activation or "
-            f"magnitude."
-        )
-    return loss
-
-
-def _known(model: Any, batch: dict[str, Tensor], output: Any) -> Tensor | None:
-    """(examples,): how many labels of each the loss is a mean over; None where that is not known."""
-    labels, logits = batch.get("labels"), getattr(output, "logits", None)
-    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or len(labels) != len(logits):
-        return None
-    if labels.is_floating_point() or (logits.dim() == 2 and labels.numel() == len(labels)):
-        return torch.ones(len(labels)) if labels.is_floating_point() else (labels.reshape(-1) != -100).float()
-    if labels.dim() == 2 and labels.shape == logits.shape[:2]:
-        known = labels != -100
-        return (known[:, 1:] if foretells_next(model) else known).sum(1).float()
-    return None
 
 
 def _spans(units: Units) -> tuple[Span, ...]:
@@ -349,8 +330,12 @@ def score(name: str, model: nn.Module, all_units: list[Units], batches: Batches 
     found = SCORES[name].of(model, all_units, batches, seed)
     for units, values in zip(all_units, found, strict=True):
         if not values.isfinite().all():
+            why = "the model's answers to the calibration data overflow" if SCORES[name].needs_data else "its weights are not"
             raise CompressionError(
-                f"scores: {name} of {units.name} is not finite; the model's answers to the calibration data overflow; "
-                f"load it in float32, or choose scores: magnitude."
+                f"scores: {name} of {units.name} is not finite, as {why}; load the model in float32, and check its weights."
+            )
+        if SCORES[name].needs_data and not values.any():
+            logging.getLogger(__name__).warning(
+                "scores: %s: no example ever asks %s, so all of its units count as nothing; add samples.", name, units.name
             )
     return [agreed(values) for values in found]

@@ -53,7 +53,11 @@ class _Side:
         square, weight = square.double(), weight.to(square.device).double()
         ridge = (damping * square.diagonal().mean()).clamp_min(1e-30)
         eye = torch.eye(len(square), dtype=square.dtype, device=square.device)
-        self.g = torch.cholesky_inverse(torch.linalg.cholesky(square + ridge * eye))
+        factor, failed = torch.linalg.cholesky_ex(square + ridge * eye)
+        while int(failed):  # no ridge was asked for, and columns say the same
+            ridge = 10 * ridge
+            factor, failed = torch.linalg.cholesky_ex(square + ridge * eye)
+        self.g = torch.cholesky_inverse(factor)
         self.b = weight.T @ weight
         self._begin()
 

@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
@@ -192,10 +193,22 @@ def _owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
     yield from ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
 
 
-def check_no_adapter(model: Any, where: str) -> None:
-    """PEFT's layers stand where a dense one was: nothing may be cut, factored or coded below an adapter."""
+def check_editable(model: Any, where: str) -> None:
+    """A transformers model whose weights are here, and its own: PEFT's layers stand where a dense one was."""
+    kind = type(model).__name__
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig) or hasattr(model, "_orig_mod"):
+        raise CompressionError(
+            f"{where}: a {kind} is no transformers model, or a wrapper of one; give the PreTrainedModel itself, before "
+            f"torch.compile or anything else wraps it."
+        )
     if getattr(model, "peft_config", None):
         raise CompressionError(f"{where}: the model carries an adapter; merge it first, or list {where} before adapters.")
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise CompressionError(
+            f"{where}: {away} is not in memory, as the model is offloaded to disk or on the meta device; load it where it "
+            f"fits, with device_map='cpu' if need be."
+        )
 
 
 def matching(model: nn.Module, targets: list[str], possible: list[str], where: str) -> list[str]:

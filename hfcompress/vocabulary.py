@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from hfcompress.blanks import plain
 from hfcompress.errors import CompressionError
 from hfcompress.layers import LowRankEmbedding, blank, is_low_bit
-from hfcompress.surgery import check_no_adapter
+from hfcompress.surgery import check_editable
 
 _ID = re.compile(r"_token_(id|ids|index|indices)$")
 # Fields whose names don't say that they hold tokens: those that need them, and those that rule them out.
@@ -36,7 +36,7 @@ def keep_tokens(model: Any, keep: list[int]) -> None:
 
     The result is what its config describes. CompressionError, and no change, where that can't be.
     """
-    check_no_adapter(model, "prune_vocab")
+    check_editable(model, "prune_vocab")
     total = vocabulary_size(model)
     if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= total:
         raise CompressionError(f"prune_vocab: tokens to keep must ascend without repeats, from 0 to {total - 1}.")

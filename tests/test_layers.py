@@ -388,7 +388,8 @@ MISTAKES: list[tuple[dict[str, Any], Any, str]] = [
     (
         {"ratio": 0.5},
         None,
-        "prune_layers: block_influence needs calibration data; give a task or batches with labels, or choose scores: position.",
+        "prune_layers: block_influence needs calibration data; give a task or batches, as in run(model, batches) before a Trainer is "
+        "built, or choose scores: position.",
     ),
     (
         {"ratio": 0.5},
@@ -398,7 +399,8 @@ MISTAKES: list[tuple[dict[str, Any], Any, str]] = [
     (
         {"ratio": 0.5, "scores": "loss"},
         Given([{"input_ids": torch.tensor([[5, 6]])}]),
-        "prune_layers: loss needs labels, and the batches hold none; add labels, or choose scores: block_influence.",
+        "prune_layers: scores: loss needs a loss, and the model gave none: the batches hold no labels, or the model no head; add labels, "
+        "or choose scores: block_influence.",
     ),
     (
         {"ratio": 0.5, "stack": "decoder"},
@@ -474,3 +476,15 @@ def test_layers_that_are_not_called_are_not_scored() -> None:
     with pytest.raises(CompressionError, match=r"the hidden states between the layers of bert.encoder.layer can't be followed"):
         PruneLayers(0.5).run(model, FewBatches("bert"))
     assert isinstance(model.bert.encoder.layer, nn.ModuleList) and len(model.bert.encoder.layer) == 4
+
+
+def test_batches_without_a_label_weigh_nothing_and_others_by_their_labels() -> None:
+    model = tiny_model("llama", layers=4)
+    batches = [{"input_ids": torch.randint(5, 90, (rows, 8)), "labels": torch.randint(5, 90, (rows, 8))} for rows in (5, 1)]
+    none = {"input_ids": batches[0]["input_ids"], "labels": torch.full((5, 8), -100)}
+    whole = [{key: torch.cat([batch[key] for batch in batches]) for key in none}]
+    (stack,) = layer_stacks(model)
+    found = [loss_without(model, stack, lambda given=given: given, [1], "x") for given in (whole, batches, [*batches, none])]
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
+    with pytest.raises(CompressionError, match="x: loss is not finite on the calibration data, or no batch has a label"):
+        loss_without(model, stack, lambda: [none], [1], "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -19,7 +20,7 @@ from hfcompress.moments import for_each_projection, places_of, rows_read
 from hfcompress.proof import units_of
 from hfcompress.repair import Repaired, repair
 from hfcompress.scores import score
-from hfcompress.surgery import cut
+from hfcompress.surgery import copied, cut
 from tests.test_scores import given, mixtral, ragged
 from tests.tiny import tiny_model
 
@@ -337,6 +338,30 @@ def test_an_error_in_a_forward_is_raised_and_leaves_no_hook() -> None:
     with pytest.raises(IndexError), riding(model, [PruneHeads(0.5, scores="l1", repair=True)], bad):
         pass
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+def test_what_is_folded_or_repaired_is_undone_by_an_error_and_silent_until_then(repaired: bool) -> None:
+    model, data = tiny_model("bert"), [{**batch, "labels": torch.arange(8) % 3} for batch in batches("bert")]
+    if not repaired:  # constants, then
+        with torch.no_grad():
+            for layer in model.bert.encoder.layer:
+                layer.intermediate.dense.weight *= 10.0
+                layer.intermediate.dense.weight[::2], layer.intermediate.dense.bias[::2] = 0.0, 1.0
+    before = copy.deepcopy(model.state_dict())
+    method = PruneNeurons(0.5, scores="l2", repair=repaired)
+    with pytest.raises(KeyboardInterrupt), riding(model, [method], data):
+        said, plain = logits(model, data[0]), copied(model)  # as a checkpoint would hold it
+        torch.testing.assert_close(logits(plain, data[0]), said, atol=1e-5, rtol=1e-4)
+        assert any(not torch.equal(before[key], value) for key, value in plain.state_dict().items())
+        with torch.no_grad():
+            model.classifier.weight += 1.0
+            model.bert.encoder.layer[0].output.dense.weight += 1.0
+        raise KeyboardInterrupt
+    before["classifier.weight"] += 1.0
+    before["bert.encoder.layer.0.output.dense.weight"] += 1.0
+    for key, value in model.state_dict().items():  # training goes on from what it has learnt
+        torch.testing.assert_close(value, before[key], atol=1e-6, rtol=1e-5)
 
 
 def test_runs_stop_and_go_on_in_turns() -> None:

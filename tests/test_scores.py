@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AlbertConfig, AlbertForSequenceClassification, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 from hfcompress.anatomy import Segment, Span, Units
-from hfcompress.calibration import singles
+from hfcompress.calibration import singles, told
 from hfcompress.errors import CompressionError
 from hfcompress.methods import Distill, PruneHeads, PruneNeurons, riding
 from hfcompress.methods.base import Batches, check_together
@@ -125,6 +137,96 @@ def test_a_score_does_not_depend_on_how_the_batches_are_cut(kind: str, name: str
     labels = batch["labels"] if kind != "llama" else torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)
     for mine, theirs in zip(score(name, model, all_units, lambda: [{**wide, "labels": labels}]), whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["activation", "obs", "gradient"])
+def test_the_padding_of_a_classifier_s_decoder_counts_for_nothing(name: str) -> None:
+    """It reads the same text as the encoder, and has labels that are no tokens."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "eos_token_id": 2, "pad_token_id": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
+    model = BartForSequenceClassification(BartConfig(vocab_size=60, max_position_embeddings=64, **sizes, **heads)).eval()
+    ids = torch.randint(5, 60, (6, 8))
+    ids[:, -1] = 2
+    short = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 3, (6,))}
+    long = {
+        "input_ids": torch.nn.functional.pad(ids, (0, 5), value=1),
+        "attention_mask": torch.nn.functional.pad(short["attention_mask"], (0, 5)),
+        "labels": short["labels"],
+    }
+    all_units = units_of(model, "neurons")
+    for mine, theirs in zip(*(score(name, model, all_units, lambda one=one: [one]) for one in (short, long)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [5, 7])
+def test_models_with_tokens_first_are_scored_as_others(size: int) -> None:
+    """XLNet turns (batch, tokens) around: as many examples as tokens must not be taken for one another."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "dropout": 0.0}
+    model = XLNetForSequenceClassification(XLNetConfig(**sizes, num_labels=3)).eval()
+    batch = {"input_ids": torch.randint(5, 60, (size, 7)), "labels": torch.arange(size) % 3}
+    all_units = units_of(model, "neurons")
+    for name in ("gradient", "fisher"):
+        whole = score(name, model, all_units, lambda: [batch])
+        for mine, theirs in zip(whole, score(name, model, all_units, lambda: singles(model, batch)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-8)
+    mask = torch.ones(4, 7, dtype=torch.long)
+    mask[:, 5:] = 0
+    x = torch.randn(7, 4, 3)
+    rows = told(model, {"attention_mask": mask}, "transformer.layer.0.ff", x)
+    torch.testing.assert_close(rows, x[:5].flatten(0, 1))
+    assert len(told(model, {"attention_mask": mask.reshape(2, 2, 7)}, "x", torch.randn(4, 7, 3))) == 20  # multiple choice
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_obs_and_repair_bear_data_that_hardly_vary(length: int) -> None:
+    for part, method in (("heads", PruneHeads), ("neurons", PruneNeurons)):
+        model = tiny_model("bert")
+        with torch.no_grad():
+            for one in model.bert.encoder.layer:
+                one.intermediate.dense.bias[0] = 1000.0
+        batch = {"input_ids": torch.full((4, length), 7), "labels": torch.zeros(4, dtype=torch.long)}
+        assert all(
+            values.isfinite().all() for values in score("obs", model, units_of(model, part), lambda batch=batch: [batch])
+        )
+        whole, plain, mended = (copy.deepcopy(model) for _ in range(3))
+        method(0.5, scores="l1").run(plain, [batch])
+        method(0.5, scores="l1", repair=True).run(mended, [batch])
+        other = {"input_ids": torch.randint(5, 90, (8, 12))}
+        with torch.no_grad():
+            expected, *got = (one(**other).logits for one in (whole, plain, mended))
+        off = [float((logits - expected).square().mean()) for logits in got]
+        assert off[1] < 2 * off[0] + 1e-6, "what says nothing of other texts must do little harm to them"
+
+
+def test_experts_that_only_later_batches_ask_are_scored_and_others_named(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 128,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_sparse_encoder_layers": 1,
+    }
+    config = SwitchTransformersConfig(
+        **sizes, num_decoder_layers=2, num_sparse_decoder_layers=1, num_experts=4, decoder_start_token_id=0
+    )
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    few = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[8]])}
+    many = {"input_ids": torch.randint(5, 120, (8, 20)), "labels": torch.randint(5, 120, (8, 20))}
+    all_units = units_of(model, "neurons")
+    first, last = (score("obs", model, all_units, lambda batches=batches: batches) for batches in ([few, many], [many, few]))
+    assert [bool(values.any()) for values in first] == [bool(values.any()) for values in last]
+    assert any(".expert_" in units.name and values.any() for units, values in zip(all_units, first, strict=True))
+    with caplog.at_level("WARNING"):
+        found = score("obs", model, all_units, lambda: [few])
+    asleep = [units.name for units, values in zip(all_units, found, strict=True) if not values.any()]
+    assert asleep and all(
+        f"no example ever asks {name}, so all of its units count as nothing" in caplog.text for name in asleep
+    )
 
 
 @pytest.mark.parametrize("part", ["heads", "neurons"])
@@ -399,6 +501,57 @@ def test_mistakes_have_their_sentence(fields: dict[str, Any], says: str) -> None
         PruneHeads(**{"ratio": 0.5, "scores": "l1", **fields}).run(tiny_model("bert"), None)
 
 
+def test_a_place_that_can_t_be_written_is_told_before_anything_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x", "Not a directory|File exists")):
+        path = str(place / "x.safetensors") if place != tmp_path else str(tmp_path / "folder.safetensors")
+        if place == tmp_path:
+            Path(path).mkdir()
+        with pytest.raises(
+            CompressionError, match=f"prune_heads: save_scores: .* can't be written .({why}).; give a file in a"
+        ):
+            PruneHeads(0.5, scores="gradient", save_scores=path).run(tiny_model("bert"), [{"input_ids": "never read"}])
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "says"),
+    [
+        (
+            lambda: torch.nn.Linear(2, 2),
+            "prune_heads: a Linear is no transformers model, or a wrapper of one; give the PreTrained",
+        ),
+        (
+            lambda: torch.compile(tiny_model("bert")),
+            "prune_heads: a OptimizedModule is no transformers model, or a wrapper of one",
+        ),
+        (lambda: tiny_model("bert").to("meta"), "prune_heads: bert.embeddings.* is not in memory, as the model is offloaded"),
+    ],
+    ids=["module", "compiled", "meta"],
+)
+def test_what_is_no_model_in_memory_has_its_sentence(wrapped: Any, says: str) -> None:
+    with pytest.raises(CompressionError, match=says):
+        PruneHeads(0.5, scores="l1").run(wrapped(), None)
+
+
+def test_weights_that_are_not_finite_are_told_as_such() -> None:
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.output.dense.weight[0, 0] = torch.inf
+    with pytest.raises(
+        CompressionError, match=r"scores: l1 of .*layer.1.* is not finite, as its weights are not; .*check its w"
+    ):
+        PruneHeads(0.5, scores="l1").run(model, None)
+
+
+def test_batches_that_can_be_read_once_are_read_again() -> None:
+    batch = ragged(False)
+    expected, model = tiny_model("bert"), tiny_model("bert")
+    method = PruneNeurons(0.5, scores="obs", repair=True, iterations=2)
+    method.run(expected, [batch, batch])
+    method.run(model, (dict(batch) for _ in range(2)))
+    assert all(torch.equal(one, other) for one, other in zip(expected.parameters(), model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_scores_on_data_ask_for_it(name: str) -> None:
     with pytest.raises(CompressionError, match=f"scores: {name} needs calibration data; give a task or batches"):
@@ -413,7 +566,9 @@ def test_scores_by_the_loss_ask_for_labels() -> None:
     batch = {key: value for key, value in FewBatches("bert").batch().items() if key != "labels"}
     for name in ("gradient", "fisher", "taylor"):
         with (
-            pytest.raises(CompressionError, match=f"scores: {name} needs a loss, and the batches hold no labels"),
+            pytest.raises(
+                CompressionError, match=f"scores: {name} needs a loss, and the model gave none: the batches hold no labels"
+            ),
             riding(tiny_model("bert"), [PruneHeads(0.5, scores=name)], [batch]),
         ):
             pass
@@ -426,7 +581,7 @@ def test_a_model_that_overflows_is_not_ranked() -> None:
     with torch.no_grad():
         model.bert.embeddings.LayerNorm.weight.fill_(float("inf"))
     with (
-        pytest.raises(CompressionError, match="is not finite; the model's answers to the calibration data overflow"),
+        pytest.raises(CompressionError, match="is not finite, as the model's answers to the calibration data overflow"),
         riding(model, [PruneHeads(0.5)], [ragged(False)]),
     ):
         pass

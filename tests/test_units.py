@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from hfcompress.anatomy import Units, roles
 from hfcompress.errors import CompressionError
 from hfcompress.examples import example
 from hfcompress.layers import blank
-from hfcompress.methods import PruneHeads, PruneNeurons
+from hfcompress.methods import PruneHeads, PruneLayers, PruneNeurons
 from hfcompress.miniature import miniature
 from hfcompress.proof import answers, close, proven, silenced, units_of
 from hfcompress.structure import describe
 from hfcompress.surgery import cut
+from tests.tiny import tiny_model
 
 # class: what its own config calls heads (or groups of keys and values) and neurons
 CLASSES: dict[str, tuple[str, str]] = {
@@ -132,6 +134,50 @@ def test_groups_of_queries_go_together() -> None:
     one = units_of(kind(config), "heads")[0]
     widths = {span.module.rpartition(".")[2][0]: span.width for span in one.inputs}
     assert one.count == 2 and widths["q"] == 2 * widths["k"] == 2 * widths["v"]
+
+
+@pytest.mark.parametrize("name, heads", [("LlamaForCausalLM", 4), ("GemmaForCausalLM", 4), ("GPTBigCodeForCausalLM", 4)])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_queries_of_one_key_are_cut_for_every_kernel_and_any_padding(name: str, heads: int, implementation: str) -> None:
+    """sdpa shares the one key among queries by itself where there is no mask: nothing would tell that a count must follow."""
+    kind: Any = getattr(transformers, name)
+    config = miniature(kind.config_class(), layers=2, heads=heads)
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = 1
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    PruneHeads(0.5, scores="random", ranking="global").run(model, None)
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(5, 30, (2, 10))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        padded, alone = model(input_ids=ids, attention_mask=mask).logits[1, :6], model(input_ids=ids[1:, :6]).logits[0]
+    torch.testing.assert_close(padded, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_proof_does_not_depend_on_kernels_or_on_what_is_answered() -> None:
+    model = tiny_model("llama")
+    plain = proven(model)
+    for implementation in ("eager", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        assert proven(model) is plain
+    model.set_attn_implementation("eager")
+    model.config.output_hidden_states = model.config.output_attentions = True
+    assert proven(model) is plain
+    batch = {"input_ids": torch.randint(5, 90, (4, 8)), "labels": torch.randint(5, 90, (4, 8))}
+    for change in ({}, {"return_dict": False}):
+        vars(model.config).update(change)
+        for method in (PruneNeurons(0.2, scores="gradient"), PruneLayers(0.5, scores="loss")):
+            small = copy.deepcopy(model)
+            method.run(small, [batch])
+            assert (small.config.output_hidden_states, small.config.output_attentions) == (True, True)
+
+
+def test_cross_attentions_with_three_heads_are_one_decision_too() -> None:
+    """Three units lose one or two in turns: one of each would fit any number."""
+    units = units_of(tiny_model("t5", layers=2, num_heads=3), "heads")
+    assert [len(one.outputs) for one in units] == [2, 2, 2]  # of the encoder, of the decoder, and between them
 
 
 def test_experts_have_neurons_of_their_own() -> None:

@@ -88,7 +88,8 @@ class Method(Step):
         raise NotImplementedError
 
     def run(self, model: nn.Module, task: Any) -> None:
-        with self.applied(model, task) as tick:
+        """`task`: a Task, any iterable of batches (dicts of tensors), or None for methods that need no data."""
+        with self.applied(model, task if task is None or hasattr(task, "batches") else Batches(task)) as tick:
             if tick is not None:
                 tick(1.0)
 
@@ -100,6 +101,7 @@ class Batches:
         self, loader: Any = None, original: nn.Module | None = None, processor: Any = None, is_resumed: bool = False
     ) -> None:
         self._loader, self.original, self.processor, self.is_resumed = loader, original, processor, is_resumed
+        self._read: list[Any] = []
 
     @property
     def has_data(self) -> bool:
@@ -118,6 +120,8 @@ class Batches:
 
     def _plain(self, batch_size: int, seed: int | None) -> Iterable[Any]:
         # A fresh loader over the same data: leaving the Trainer's own in the middle would upset accelerate's bookkeeping.
+        if isinstance(self._loader, Iterator):
+            return self._again()
         if not hasattr(getattr(self._loader, "dataset", None), "__getitem__"):  # streamed data
             return self._loader
         return DataLoader(
@@ -128,6 +132,13 @@ class Batches:
             generator=torch.Generator().manual_seed(seed or 0),
         )
 
+    def _again(self) -> Iterator[Any]:
+        """What can be read once, from its beginning: what was read is kept."""
+        yield from list(self._read)
+        for batch in self._loader:
+            self._read.append(batch)
+            yield batch
+
 
 def calibration(model: nn.Module, task: Any, samples: int, who: str, instead: str) -> Callable[[], Iterator[dict[str, Tensor]]]:
     """A function that gives the same batches at every call. `who` needs them, and what to choose instead if there are none."""
@@ -135,7 +146,8 @@ def calibration(model: nn.Module, task: Any, samples: int, who: str, instead: st
     def batches() -> Iterator[dict[str, Tensor]]:
         if task is None or (isinstance(task, Batches) and not task.has_data):
             raise CompressionError(
-                f"{who} needs calibration data; give a task or batches with labels, or choose scores: {instead}."
+                f"{who} needs calibration data; give a task or batches, as in run(model, batches) before a Trainer is built, "
+                f"or choose scores: {instead}."
             )
         yield from task.batches(model, samples)
 

@@ -14,7 +14,7 @@ from hfcompress.anatomy import body_linears
 from hfcompress.errors import CompressionError
 from hfcompress.layers import LowRankEmbedding, LowRankLinear, features
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import check_no_adapter, matching, swap
+from hfcompress.surgery import check_editable, matching, swap
 
 log = logging.getLogger("hfcompress")
 
@@ -45,7 +45,7 @@ class LowRank(Method):
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
-        check_no_adapter(model, "low_rank")
+        check_editable(model, "low_rank")
         factored = [name for name in self._targets(model) if self._factor(model, name)]
         if not factored:
             raise CompressionError("low_rank: no layer would shrink at this rank; lower rank, ratio or energy.")

@@ -12,7 +12,7 @@ from hfcompress.errors import CompressionError
 from hfcompress.experts import Mixtures, keep_experts, magnitude, mixtures, usage
 from hfcompress.methods.base import Method, Tick, calibration
 from hfcompress.processes import agreed
-from hfcompress.surgery import check_no_adapter
+from hfcompress.surgery import check_editable
 
 
 class PruneExperts(Method):
@@ -44,7 +44,7 @@ class PruneExperts(Method):
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
-        check_no_adapter(model, self.key())
+        check_editable(model, self.key())
         experts = mixtures(model, self.key())
         number = self._count(model, experts)
         keep_experts(model, experts, [_best(scores, number, experts.groups) for scores in self._scored(model, experts, task)])

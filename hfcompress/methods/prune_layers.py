@@ -14,7 +14,7 @@ from hfcompress.errors import CompressionError
 from hfcompress.influence import angular, block_influence, loss_without
 from hfcompress.methods.base import Method, Tick, calibration
 from hfcompress.stacks import Stack, chosen, named_stacks
-from hfcompress.surgery import check_no_adapter
+from hfcompress.surgery import check_editable
 
 
 class PruneLayers(Method):
@@ -58,7 +58,7 @@ class PruneLayers(Method):
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
-        check_no_adapter(model, self.key())
+        check_editable(model, self.key())
         cuts = {stack.name: self._kept(model, stack, task) for stack in self._stacks(model)}
         rehearse(model, cuts, self.key())
         keep_layers(model, cuts, self.key())

@@ -12,7 +12,7 @@ from torch import nn
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.base import Method, Tick, check_together
-from hfcompress.surgery import check_no_adapter
+from hfcompress.surgery import check_editable
 from hfcompress.tokens import Vocabulary, check_same, counted, tokenizer_of
 from hfcompress.vocabulary import fixed_tokens, keep_tokens, named_tokens, vocabulary_size
 
@@ -69,7 +69,7 @@ class PruneVocab(Method):
 
     def run(self, model: nn.Module, task: Any) -> None:
         """`task`: a Task, whose data are tokenised anew; or a tokenizer, or what has one as `processor`, changed in place."""
-        check_no_adapter(model, self.key())
+        check_editable(model, self.key())
         processor = task if hasattr(task, "get_vocab") else getattr(task, "processor", None)
         tokenizer = tokenizer_of(processor)
         total, vocabulary = vocabulary_size(model), Vocabulary(tokenizer)

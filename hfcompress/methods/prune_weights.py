@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hfcompress.anatomy import body_linears
 from hfcompress.errors import CompressionError
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import check_no_adapter, matching
+from hfcompress.surgery import check_editable, matching
 
 
 class PruneWeights(Method):
@@ -31,7 +31,7 @@ class PruneWeights(Method):
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
-        check_no_adapter(model, "prune_weights")
+        check_editable(model, "prune_weights")
         names = body_linears(model)
         if not names:
             raise CompressionError("prune_weights: no dense linear layer is left; list it before low_rank and quantize.")

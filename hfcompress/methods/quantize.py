@@ -11,7 +11,7 @@ from torch import nn
 from hfcompress.errors import CompressionError
 from hfcompress.layers import coded, codes_fit, features
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import check_no_adapter, codable, matching, swap
+from hfcompress.surgery import check_editable, codable, matching, swap
 
 log = logging.getLogger("hfcompress")
 
@@ -51,7 +51,7 @@ class Quantize(Method):
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
-        check_no_adapter(model, "quantize")
+        check_editable(model, "quantize")
         names = self._targets(model)
         for name in names:
             swap(model, name, self.quantized(model.get_submodule(name)))

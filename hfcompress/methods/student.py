@@ -13,7 +13,7 @@ from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
 from hfcompress.methods.base import Method, Tick
 from hfcompress.stacks import Stack, chosen, named_stacks, spread
-from hfcompress.surgery import become, check_no_adapter
+from hfcompress.surgery import become, check_editable
 from hfcompress.width import narrow
 
 
@@ -65,7 +65,7 @@ class Student(Method):
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
-        check_no_adapter(model, self.key())
+        check_editable(model, self.key())
         if self.architecture is not None:
             become(model, from_scratch(model, self.architecture, self.seed))
         cuts = self._cuts(model)

@@ -19,10 +19,10 @@ from hfcompress.methods.base import Method, Tick
 from hfcompress.moments import DAMPING
 from hfcompress.proof import units_of
 from hfcompress.ranking import Target, chosen
-from hfcompress.repair import fold_constants, repair
-from hfcompress.saved import SUFFIX, save_scores, saved_scores
+from hfcompress.repair import Undo, fold_constants, repair
+from hfcompress.saved import SUFFIX, check_place, save_scores, saved_scores
 from hfcompress.scores import SCORES, score
-from hfcompress.surgery import check_cuttable, check_no_adapter, cut
+from hfcompress.surgery import check_cuttable, check_editable, cut
 
 
 class UnitPruning(Method):
@@ -134,7 +134,7 @@ class UnitPruning(Method):
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
-        check_no_adapter(model, self.key())
+        check_editable(model, self.key())
         all_units = units_of(model, self.kind)
         for units in all_units:
             check_cuttable(model, units)
@@ -146,15 +146,17 @@ class UnitPruning(Method):
             )
         named = self._named(all_units)
         self._check_cuts(model, all_units, named)
+        if self.save_scores is not None:
+            check_place(self.save_scores, self.key())
         values = self._scored(model, all_units, batches) if named is None else []
         if self.save_scores is not None:
             save_scores(self.save_scores, model, all_units, values, score=self.scores, samples=self.samples, seed=self.seed)
-        fading, part = Fading(model, all_units), 1
+        fading, undo, part = Fading(model, all_units), Undo(), 1
 
         def choose() -> None:
             fading.doom(named or chosen(all_units, values, self._target(part), fading.staying))
             if not self.repair:  # which takes the means over anyway
-                fading.silence(fold_constants(model, all_units, fading.doomed))
+                fading.silence(fold_constants(model, all_units, fading.doomed, undo))
 
         def reach(wanted: int) -> None:
             nonlocal part, values
@@ -173,8 +175,11 @@ class UnitPruning(Method):
             if self.repair:
                 reach(self.iterations)
                 fading.silence(fading.doomed)
-                repair(model, all_units, fading.kept, batches, self.damping)
+                repair(model, all_units, fading.kept, batches, self.damping, undo)
             yield tick
+        except BaseException:
+            undo.undo()
+            raise
         finally:
             fading.remove()
         for units, keep in zip(all_units, fading.kept, strict=True):
