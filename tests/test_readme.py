@@ -124,3 +124,17 @@ def test_the_table_and_the_picture_are_those_of_a_committed_report() -> None:
     assert len(told["rows"]) == len(Recipe.load("quickstart").steps) + 1
     assert reference["megabytes"] / told["rows"][-1]["megabytes"] >= 4
     assert "quickstart" in shipped_recipes()
+
+
+def test_what_is_said_of_pruning_was_measured() -> None:
+    cells = json.loads((ROOT / "docs" / "pruning.json").read_text())["cells"]
+    names = ("smol/whole", "smol/obs/True/32", "smol/random/False/32")
+    whole, mended, chance = (f"{cells[name]['perplexity']:.2f}" for name in names)
+    said = " ".join(README.split())
+    assert (
+        f"goes from a perplexity of {whole} to {mended}, where units chosen by chance and left alone make it {chance}" in said
+    )
+    first, *_, last = json.loads((ROOT / "docs" / "llm-prune.json").read_text())["rows"]
+    before, after = (row["score"]["perplexity"] for row in (first, last))
+    smaller = first["megabytes"] / last["megabytes"]
+    assert f"takes it from {before:.2f} to {after:.2f} at {smaller:.1f} times less memory" in said
