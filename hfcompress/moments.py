@@ -56,7 +56,7 @@ class Moments:
         return central if about_mean else central + self.mean[:, None] * self.mean
 
 
-def unreadable(model: nn.Module, units: Units, span: Span) -> str:
+def unreadable(model: nn.Module, span: Span) -> str:
     """Why moments can't tell what one projection does with its units; empty where they can."""
     module = model.get_submodule(span.module)
     if isinstance(module, nn.Conv1d | nn.Conv2d) and max(module.kernel_size) > 1:

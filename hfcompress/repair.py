@@ -81,7 +81,7 @@ def repair(
     columns: dict[str, Tensor] = {}
     for units, keep in zip(all_units, kept, strict=True):
         for span in units.outputs:
-            why = unreadable(model, units, span)
+            why = unreadable(model, span)
             if why:
                 _leave(span, why)
             elif keep.shape[-1] < units.count:
@@ -205,7 +205,7 @@ def _can_fold(model: nn.Module, units: Units) -> bool:
     """Every output has a bias, reads one position, and one entry a unit."""
     layers = [_reader(model, span) for span in units.outputs]
     return units.size == 1 and all(
-        getattr(layer, "bias", None) is not None and not unreadable(model, units, span)
+        getattr(layer, "bias", None) is not None and not unreadable(model, span)
         for layer, span in zip(layers, units.outputs, strict=True)
     )
 

@@ -163,7 +163,7 @@ def obs(model: Any, all_units: list[Units], batches: Batches | None = None, seed
     """
     for units in all_units:
         for span in units.outputs:
-            if why := unreadable(model, units, span):
+            if why := unreadable(model, span):
                 raise CompressionError(
                     f"scores: obs can't tell what {span.tensor} makes of its units: {why}; possible are "
                     f"{', '.join(name for name in SCORES if name != 'obs')}; choose one of these."
