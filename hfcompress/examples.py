@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 TOKEN = re.compile(r"((?<!per)_token|token_id|token_index|pad_id|start_token_id|_index|token_ids)$")
@@ -17,6 +18,27 @@ TOKEN = re.compile(r"((?<!per)_token|token_id|token_index|pad_id|start_token_id|
 def example(model: Any, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs for a tiny model's forward, on its device: batch 2, 16 tokens, or images or sounds that fit its config."""
     return _Example(model, torch.Generator().manual_seed(seed)).inputs()
+
+
+@torch.no_grad()
+def set_norms(model: Any, batch: dict[str, Tensor]) -> None:
+    """Have batch norms normalise this batch, as after training: else signals vanish in a deep random model."""
+
+    def settle(norm: Any, args: tuple[Any, ...]) -> None:
+        values = args[0].float().transpose(0, 1).flatten(1)
+        mean, variance = values.mean(1), values.var(1, unbiased=False)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        if norm.affine:  # eps may be far above the variance of small weights
+            norm.weight *= torch.where(variance > 1e-12, (1 + norm.eps / variance).sqrt(), 1.0)
+
+    trial = copy.deepcopy(model)  # LeViT keeps what it computed
+    norms = [module for module in trial.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(settle)
+    if norms:
+        trial(**batch)
+        model.load_state_dict(trial.state_dict())
 
 
 class _Example:

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from hfcompress.anatomy import Counter, Segment, Span, Units
 from hfcompress.counts import CONFIG_COUNTS, OWN_COUNTS, WIDTH_COUNTS, largest
 from hfcompress.errors import CompressionError
-from hfcompress.examples import example
+from hfcompress.examples import example, set_norms
 from hfcompress.layers import blank
 from hfcompress.miniature import miniature
 from hfcompress.reader import read
@@ -79,6 +79,7 @@ def _prove(kind: Any, config: PreTrainedConfig) -> Proof:
     try:
         specimen = _specimen(kind, config)
         batch = example(specimen)
+        set_norms(specimen, batch)
         found = read(copy.deepcopy(specimen), batch)  # some models keep what they computed, with its history
     except Exception as error:  # transformers raises whatever it likes
         fault = f"a small random model of it does not run ({_said(error)}), so where its units are can't be proven"
@@ -232,13 +233,15 @@ def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn:
             expected, said = answers(specimen, batch), spoken(copy.deepcopy(specimen), batch)  # BigBird becomes another
     except Exception as error:
         return f"the units can't be silenced ({_said(error)})"
-    smaller = copy.deepcopy(specimen)
+    smaller, inside = copy.deepcopy(specimen), list[str]()
     try:
         for one, keep in pairs:
             cut(smaller, one, keep)
-        got = answers(smaller, batch)
+        with _noting(smaller, inside):
+            got = answers(smaller, batch)
     except Exception as error:
-        return f"the model does not run with some cut out ({_said(error)})"
+        where = f"{inside[-1] or 'the model'} ({type(smaller.get_submodule(inside[-1])).__name__})" if inside else "the model"
+        return f"{where} is written for all of them, and does not run with some cut out ({_said(error)})"
     for mine, theirs in zip(got, expected, strict=True):
         if mine.shape != theirs.shape or not close(mine, theirs):
             return "cutting is not the same as silencing"
@@ -249,6 +252,24 @@ def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn:
     if said is not None and not _says(smaller, batch, said):
         return "generate does not go on as the silenced model would"
     return None
+
+
+@contextmanager
+def _noting(model: nn.Module, inside: list[str]) -> Iterator[None]:
+    """The names of the modules that a forward is in, the innermost last; they stay where it fails."""
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -36,11 +36,12 @@ from hfcompress.anatomy import Units, body_linears
 from hfcompress.choosing import permitted, rehearse
 from hfcompress.depth import keep_layers
 from hfcompress.errors import CompressionError
+from hfcompress.examples import example, set_norms
 from hfcompress.layers import is_low_bit, quiet_casts
 from hfcompress.loading import forget_reading
 from hfcompress.methods import LowRank, Quantize
 from hfcompress.methods.low_rank import _as_layer
-from hfcompress.miniature import example, miniature
+from hfcompress.miniature import miniature
 from hfcompress.proof import proven, silenced, units_of
 from hfcompress.stacks import Stack, layer_stacks
 from hfcompress.structure import describe
@@ -104,7 +105,8 @@ def build(name: str, kind: str, layers: int = 2) -> Any:
         for parameter in model.parameters():
             if parameter.is_floating_point() and (parameter.dim() == 1 or not parameter.any()):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    set_norms(model.eval(), example(model))
+    return model
 
 
 def answer(model: Any, inputs: dict[str, Tensor]) -> Answer:
