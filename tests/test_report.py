@@ -66,7 +66,8 @@ def llama() -> LlamaForCausalLM:
 
 def low_bit(model: nn.Module, bits: int, compute_dtype: torch.dtype | None = None) -> nn.Module:
     """Every Linear but the heads as its bitsandbytes twin."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name in ("classifier", "lm_head"):
             continue
@@ -438,14 +439,12 @@ def test_the_interval_is_seeded_and_noise_is_not_a_finding() -> None:
 
 @pytest.mark.parametrize("report", [story(), Report(row("only", 5.0), on={})])
 def test_plot_writes_a_picture(report: Report, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot(report, tmp_path / "report.png")
     blob = (tmp_path / "report.png").read_bytes()
     assert blob.startswith(b"\x89PNG") and int.from_bytes(blob[16:20], "big") > 1000
 
 
 def test_plot_numbers_keep_apart() -> None:
-    pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.text import Text
