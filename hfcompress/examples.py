@@ -27,6 +27,7 @@ def set_norms(model: Any, batch: dict[str, Tensor]) -> None:
     def settle(norm: Any, args: tuple[Any, ...]) -> None:
         values = args[0].float().transpose(0, 1).flatten(1)
         mean, variance = values.mean(1), values.var(1, unbiased=False)
+        variance = variance.clamp_min(0.1 * values.square().mean())  # what hardly varies must not be blown up
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         if norm.affine:  # eps may be far above the variance of small weights

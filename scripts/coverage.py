@@ -105,8 +105,7 @@ def build(name: str, kind: str, layers: int = 2) -> Any:
         for parameter in model.parameters():
             if parameter.is_floating_point() and (parameter.dim() == 1 or not parameter.any()):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    set_norms(model.eval(), example(model))
-    return model
+    return model.eval()
 
 
 def answer(model: Any, inputs: dict[str, Tensor]) -> Answer:
@@ -377,6 +376,7 @@ def units(which: str) -> Callable[[str, str], None]:
     def check(name: str, kind: str) -> None:
         model = build(name, kind)
         inputs = example(model)
+        set_norms(model, inputs)  # or units of deep convolutions would hardly be felt
         dense, talks = answer(model, inputs), generates(copy.deepcopy(model), inputs)
         if which in proven(model).absent:
             raise Absent
