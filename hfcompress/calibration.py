@@ -22,15 +22,16 @@ def evaluating(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     plain = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
     config = getattr(model, "config", None)
-    fields = {field: getattr(config, field) for field in plain if hasattr(config, field)}
+    kept = {key: value for key, value in vars(config or object()).items() if key.removeprefix("_") in plain}
     model.eval()
     try:
-        for field in fields:
-            setattr(config, field, plain[field])
+        for field, value in plain.items():
+            if hasattr(config, field):
+                setattr(config, field, value)
         yield
     finally:
-        for field, value in fields.items():
-            setattr(config, field, value)
+        if config is not None:
+            vars(config).update(kept)  # past a setter that refuses attentions of kernels which have none
         for module, mode in modes:
             module.training = mode
 
@@ -62,17 +63,18 @@ def singles(model: Any, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]
 def told(model: Any, batch: dict[str, Tensor], module: str, x: Tensor) -> Tensor:
     """(rows, features): the rows of x (..., features), which a module reads or says, that are no padding.
 
-    The module's name tells whose padding: the decoder's, of an encoder-decoder, or that of the input, which the decoder of a
-    classifier is given as well. x is (batch, tokens, ...), or (tokens, batch, ...), or all tokens of the batch in one line. All
-    rows are told where no mask fits: images, windows, sounds whose frames were merged, the tokens that one expert was sent.
+    The module's name tells whose padding: the decoder's, of an encoder-decoder, or that of the input, which the decoder reads
+    too where it is given nothing else, as in a classifier. x is (batch, tokens, ...), or (tokens, batch, ...), or all tokens of
+    the batch in one line. All rows are told where no mask fits: images, windows, sounds whose frames were merged, the tokens
+    that one expert was sent, texts that the model itself pads.
     """
     side = next((part for part in module.split(".") if part in ("encoder", "decoder")), None)
     mask, rows = batch.get("attention_mask"), tuple(x.shape[:-1])
     if model.config.is_encoder_decoder and side == "decoder":
         labels, answers = batch.get("labels"), batch.get("decoder_attention_mask")
-        if answers is None and labels is not None and labels.dim() == 2:
+        if answers is None and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
             answers = labels != -100
-        mask = mask if answers is None and (labels is not None and labels.dim() == 1) else answers
+        mask = mask if answers is None and "decoder_input_ids" not in batch else answers
     if mask is None or mask.dim() < 2:
         return x.flatten(0, -2)
     mask = mask.bool().flatten(0, -2).to(x.device)  # the choices of multiple choice are texts as well

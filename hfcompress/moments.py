@@ -142,8 +142,8 @@ def rows_read(
     """(tokens, columns) that each lane of a projection reads when it is given these arguments, padding excluded."""
     module = model.get_submodule(span.module)
     if units.lanes > 1:
-        args = tuple(_tokens(model, batch, span.module, one) for one in args)
-        kwargs = {key: _tokens(model, batch, span.module, one) for key, one in kwargs.items()}
+        args = tuple(_tokens(model, units, span, batch, one) for one in args)
+        kwargs = {key: _tokens(model, units, span, batch, one) for key, one in kwargs.items()}
         rows = lanes_read(module, units, span, args, kwargs)
         if past_gates:
             rows = [some * stays.to(some) for some, stays in zip(rows, alive(module, units, span), strict=True)]
@@ -152,9 +152,13 @@ def rows_read(
     return [told(model, batch, span.module, x)]
 
 
-def _tokens(model: Any, batch: dict[str, Tensor], name: str, value: Any) -> Any:
-    """What experts are given, without padding: (tokens, ...) of states, choices and weights."""
-    return told(model, batch, name, value) if isinstance(value, Tensor) and value.dim() == 2 else value
+def _tokens(model: Any, units: Units, span: Span, batch: dict[str, Tensor], value: Any) -> Any:
+    """What experts are given, without padding: (tokens, ...) of states, choices and weights, or that for each one in turn."""
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        return value
+    mask = batch.get("attention_mask")
+    each = units.lanes if mask is not None and mask.dim() == 2 and len(value) == units.lanes * mask.numel() else 1
+    return torch.cat([told(model, batch, span.module, part) for part in value.chunk(each)])
 
 
 def _times(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]) -> Counter[str]:

@@ -30,10 +30,10 @@ class Repaired:
 
 
 class Undo:
-    """What was added to tensors, on the CPU, so that it can be taken away again, whatever training has added since."""
+    """Changes of tensors, kept on the CPU, so that they can be taken back, whatever training has added since."""
 
     def __init__(self) -> None:
-        self._added: list[tuple[Tensor, Tensor]] = []
+        self._changes: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @contextmanager
     def noting(self, *tensors: Tensor | None) -> Iterator[None]:
@@ -42,12 +42,13 @@ class Undo:
         try:
             yield
         finally:
-            self._added += [(tensor, tensor.detach().cpu() - old) for tensor, old in zip(given, before, strict=True)]
+            self._changes += [(one, old, one.detach().to("cpu", copy=True)) for one, old in zip(given, before, strict=True)]
 
     def undo(self) -> None:
-        while self._added:
-            tensor, added = self._added.pop()
-            tensor.data -= added.to(tensor.device)
+        while self._changes:
+            tensor, old, new = self._changes.pop()
+            now = tensor.detach().cpu()
+            tensor.data.copy_(old if torch.equal(now, new) else now.float() - new.float() + old.float())
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ ALLOWED = {
     "teachers": "errors layers surgery",
     "fused": "lesson",
     "distilling": "errors layers anatomy proof fused lesson signals teachers terms",
-    "methods": "errors processes layers anatomy stacks surgery proof calibration scores ranking fading moments repair even saved depth choosing "
+    "methods": "errors processes layers structure loading anatomy stacks surgery proof calibration scores ranking fading moments repair even saved depth choosing "
     "influence experts width architecture teachers terms distilling data tokens vocabulary methods.base methods.units",
     "metrics": "errors",
     "data": "errors",

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from hfcompress.errors import CompressionError
 from hfcompress.fading import Fading
 from hfcompress.layers import kind_of
 from hfcompress.lockstep import Paused
-from hfcompress.methods import PruneHeads, PruneNeurons, riding
+from hfcompress.methods import PruneHeads, PruneNeurons, PruneWeights, riding
 from hfcompress.methods.base import Batches
+from hfcompress.miniature import miniature
 from hfcompress.moments import for_each_projection, places_of, rows_read
 from hfcompress.proof import units_of
 from hfcompress.repair import Repaired, repair
@@ -304,6 +306,23 @@ def test_what_an_expert_reads_is_what_it_makes_of_the_tokens_sent_to_it(implemen
     )
 
 
+def test_padding_is_left_out_where_every_expert_is_given_all_tokens() -> None:
+    """As in Llama 4: (experts * tokens, hidden)."""
+    config = miniature(transformers.Llama4TextConfig(), layers=2, heads=4)
+    torch.manual_seed(0)
+    model, batch = transformers.Llama4ForCausalLM(config).eval(), ragged(True)
+    batch["input_ids"] %= config.vocab_size
+    del batch["labels"]
+    units = next(one for one in units_of(model, "neurons") if one.lanes > 1)
+    given: list[Any] = []
+    handle = model.get_submodule(units.output).register_forward_pre_hook(lambda _, args: given.extend(args))
+    model(**batch)
+    handle.remove()
+    read = rows_read(model, units, units.outputs[0], batch, tuple(given), {}, past_gates=False)
+    assert len(given[0]) == units.lanes * batch["attention_mask"].numel()
+    assert {len(rows) for rows in read} == {int(batch["attention_mask"].sum())}
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "llama", "t5"])
 def test_moments_are_of_what_gates_leave_or_of_what_comes_to_them(kind: str) -> None:
     model, batch = given(kind)
@@ -362,6 +381,23 @@ def test_what_is_folded_or_repaired_is_undone_by_an_error_and_silent_until_then(
     before["bert.encoder.layer.0.output.dense.weight"] += 1.0
     for key, value in model.state_dict().items():  # training goes on from what it has learnt
         torch.testing.assert_close(value, before[key], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_untrained_model_is_exactly_as_it_was_after_an_error(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    data = batches("llama")
+    with pytest.raises(ValueError, match="mine"), riding(model, [PruneNeurons(0.5, scores="l2", repair=True)], data):
+        raise ValueError("mine")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert "quantization_config" not in model.config.to_dict()
+
+
+def test_zeros_of_repair_are_not_those_of_prune_weights() -> None:
+    methods = [PruneNeurons(0.5, scores="l2", repair=True), PruneWeights(0.5)]
+    with pytest.raises(CompressionError, match=r"prune_weights: it would count what repair has set to zero.*in a step after"):
+        riding(tiny_model("bert"), methods, batches("bert")).__enter__()
 
 
 def test_runs_stop_and_go_on_in_turns() -> None:

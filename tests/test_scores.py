@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from hfcompress.anatomy import Segment, Span, Units
-from hfcompress.calibration import singles, told
+from hfcompress.calibration import evaluating, singles, told
 from hfcompress.errors import CompressionError
 from hfcompress.methods import Distill, PruneHeads, PruneNeurons, riding
 from hfcompress.methods.base import Batches, check_together
@@ -157,6 +158,37 @@ def test_the_padding_of_a_classifier_s_decoder_counts_for_nothing(name: str) -> 
     all_units = units_of(model, "neurons")
     for mine, theirs in zip(*(score(name, model, all_units, lambda one=one: [one]) for one in (short, long)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["QuestionAnswering", "SequenceClassification", "Model"])
+def test_a_decoder_that_is_given_nothing_else_reads_what_the_encoder_does(kind: str) -> None:
+    config = BartConfig(vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, eos_token_id=2, num_labels=5)
+    model, x = getattr(transformers, f"BartFor{kind}" if kind != "Model" else "BartModel")(config), torch.randn(2, 5, 3)
+    batch = {"input_ids": torch.full((2, 5), 7), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])}
+    labels = (
+        {"labels": torch.ones(2, 5)} if kind == "SequenceClassification" else {}
+    )  # several at once: five labels, not tokens
+    assert len(told(model, {**batch, **labels}, "decoder.layers.0.fc2", x)) == 7
+    assert len(told(model, {**batch, "decoder_attention_mask": torch.ones(2, 5)}, "decoder.layers.0.fc2", x)) == 10
+    assert len(told(model, {**batch, "decoder_input_ids": batch["input_ids"]}, "decoder.layers.0.fc2", x)) == 10
+
+
+def test_a_config_that_asks_for_attentions_is_left_as_it_was() -> None:
+    """A folder's config may: a setter would refuse it under sdpa."""
+    model = tiny_model("bert").train()
+    vars(model.config)["_output_attentions"] = True
+    PruneHeads(0.5, scores="activation").run(model, [ragged(False)])
+    assert model.config.output_attentions and model.training
+    with pytest.raises(KeyError, match="mine"), evaluating(model):
+        raise KeyError("mine")
+    assert model.config.output_attentions and model.training
+
+
+def test_a_single_batch_has_its_sentence() -> None:
+    with pytest.raises(
+        CompressionError, match=r"a single batch was given where several are wanted; give a list .* in \[batch\]"
+    ):
+        PruneHeads(0.5).run(tiny_model("bert"), ragged(False))
 
 
 @pytest.mark.parametrize("size", [5, 7])

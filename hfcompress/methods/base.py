@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hfcompress.errors import CompressionError
+from hfcompress.loading import forget_reading
+from hfcompress.structure import describe
 from hfcompress.surgery import copied
 
 NO_DATA = "scores: gradient needs calibration data; give a task or batches with labels, or choose scores: magnitude."
@@ -100,6 +102,8 @@ class Batches:
     def __init__(
         self, loader: Any = None, original: nn.Module | None = None, processor: Any = None, is_resumed: bool = False
     ) -> None:
+        if isinstance(loader, Mapping):
+            raise CompressionError("a single batch was given where several are wanted; give a list of batches, as in [batch].")
         self._loader, self.original, self.processor, self.is_resumed = loader, original, processor, is_resumed
         self._read: list[Any] = []
 
@@ -173,6 +177,11 @@ def check_together(methods: Iterable[Method]) -> None:
                 f"a step of its own, or call run(model, tokenizer) before you tokenise."
             )
     keys = [method.key() for method in methods]
+    if "prune_weights" in keys and any(getattr(method, "repair", False) for method in methods):
+        raise CompressionError(
+            "prune_weights: it would count what repair has set to zero, and is cut later, as its own; list prune_weights in a "
+            "step after, or leave repair out."
+        )
     if keys.count("distill") > 1:
         raise CompressionError("distill: it is listed twice, and a model has one loss; give one all teachers and terms.")
     for cuts in ("prune_heads", "prune_neurons"):
@@ -202,7 +211,8 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
             tick(step / len(loader))
     ```
     `task`: a Task, or any iterable of batches (dicts of tensors) for methods that score on data.
-    What was entered first is finished last. On an error inside, nothing is cut or merged: hooks come off, the error goes on.
+    What was entered first is finished last; then `model.save_pretrained` writes what loads. On an error inside, nothing is cut
+    or merged: hooks come off, the error goes on.
     """
     check_together(methods)
     task = with_original(model, methods, task if hasattr(task, "batches") else Batches(task))
@@ -213,3 +223,6 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
             return {name: value for tick in ticks for name, value in (tick(progress) or {}).items()}
 
         yield tick_all
+    if not getattr(model, "_hf_peft_config_loaded", False) and not all(method.replaces_loss for method in methods):
+        describe(model)
+        forget_reading(model)
