@@ -437,7 +437,10 @@ def test_mistakes_with_data(texts, bare, tmp_path, monkeypatch):
         opened(file, bare, text_column="txt", eval_split="tran")
     with pytest.raises(CompressionError, match="no text for train is left"):
         opened(write_csv(tmp_path / "f.csv", {"text": ["cat"], "label": [-1]}), bare)
-    with pytest.raises(CompressionError, match="one text can't be split"):
+    with pytest.raises(
+        CompressionError,
+        match=r"one text can't be split into training and scoring; give more, which a .txt file parts by empty lines, or name",
+    ):
         opened(write_csv(tmp_path / "g.csv", {"text": ["cat"], "label": [1]}), bare)
     with pytest.raises(CompressionError, match=r"not like 0\.5"):
         opened(write_csv(tmp_path / "h.csv", {"text": ["cat", "dog"], "label": [0.5, 0.1]}), bare)
