@@ -140,8 +140,8 @@ class Task(Fields):
             return rows["train"], rows["eval"]
         if len(rows["train"]) < 2:
             raise CompressionError(
-                f"dataset {self.dataset!r}: one {self.unit} can't be split into training and scoring; give more, which a .txt file "
-                f"parts by empty lines, or name another split as eval_split."
+                f"dataset {self.dataset!r}: one {self.unit} can't be split into training and scoring; give more, which a .txt "
+                f"file parts by empty lines, or name another split as eval_split."
             )
         label = next((c for c, kind in rows["train"].features.items() if isinstance(kind, ClassLabel)), None)
         return split_off(rows["train"], self.eval_share, self.eval_samples, label, self.seed)
