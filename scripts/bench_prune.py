@@ -186,7 +186,10 @@ def told_scores(cells: Cells) -> str:
         f"half of the heads and half of the neurons of every layer (`prune_heads: {{ratio: {RATIO}}}`, then `prune_neurons`), by "
         f"each score on 256 articles, with `repair: true` or without, and with {STEPS} steps of training (batch 32, 2e-4, no teacher: half an epoch) or without. "
         "Mean and range over seeds (how many without / with repair), which change the articles, what random draws and the order of "
-        "training; seconds of scoring and cutting without / with repair.\n\n" + "\n".join(lines) + verdict + "\n"
+        "training; seconds of scoring and cutting without / with repair, on one thread or two and beside other work: rough.\n\n"
+        + "\n".join(lines)
+        + verdict
+        + "\n"
     )
 
 
@@ -224,7 +227,7 @@ def told_smol(cells: Cells) -> str:
         "## What does repair do for a language model?\n\n"
         f"SmolLM2-135M-Instruct (from a Q4_1 file: its weights lie on a 4-bit grid before anything is done) loses "
         f"{SMOL_RATIO:.0%} of the neurons of every layer, untrained. Perplexity of {WRITE['max_eval_samples']} held-out windows "
-        "of 512 tokens of BBC News; scores and repair look at other articles. Minutes of scoring, cutting and repairing.\n\n"
+        "of 512 tokens of BBC News; scores and repair look at other articles. Minutes of scoring, cutting and repairing, on one thread: rough.\n\n"
         + "\n".join(lines)
         + "\n"
     )
