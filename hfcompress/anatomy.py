@@ -40,6 +40,11 @@ class Span:
         return self.tensor.rpartition(".")[0]
 
     @property
+    def leaf(self) -> str:
+        """Of the tensor, in its module: "weight"."""
+        return self.tensor.rpartition(".")[2]
+
+    @property
     def width(self) -> int:
         """Entries that one unit takes."""
         return sum(segment.size for segment in self.segments if not segment.is_shared)
@@ -106,6 +111,11 @@ class Units:
     def projections(self) -> tuple[str, ...]:
         """The modules that make the units, in the order of the model."""
         return tuple(dict.fromkeys(span.module for span in self.inputs))
+
+
+def channel_axis(module: nn.Module) -> int:
+    """Where the columns of a projection lie in what it reads: (..., columns), or of a convolution (batch, columns, ...)."""
+    return 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
 
 
 def roles(units: Units) -> list[tuple[str, tuple[str, ...]]]:

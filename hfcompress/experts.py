@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.blanks import Counter, follow, parts, reloaded, shapes
+from hfcompress.calibration import Batches, evaluating, told
 from hfcompress.errors import CompressionError
 
-Batches = Callable[[], Iterable[dict[str, Tensor]]]
 _CHOSEN = re.compile(r"experts?_per_tok|^(moe_|router_)?top_?k(_experts)?$|^moe_k$|num_selected_experts")
 _GROUPS = re.compile(r"^(n_group|num_expert_groups?|n_groups|moe_n_group)$")
 
@@ -119,39 +119,31 @@ def magnitude(model: nn.Module, experts: Mixtures) -> list[Tensor]:
 def usage(model: nn.Module, experts: Mixtures, batches: Batches, asked: str) -> list[Tensor]:
     """The share of all routing weight, over tokens that are no padding, that an expert receives. (count,) a layer."""
     totals = [torch.zeros(experts.count) for _ in experts.layers]
-    padding: list[Tensor | None] = [None]
+    now: dict[str, Tensor] = {}
 
-    def note(total: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        index, weights = _routing((*args, *kwargs.values()), experts, asked)
-        real = (
-            padding[0]
-            if padding[0] is not None and len(padding[0]) == len(index)
-            else torch.ones(len(index), device=index.device)
-        )
+    def note(name: str, total: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index, weights = (told(model, now, name, one) for one in _routing((*args, *kwargs.values()), experts, asked))
         weights = weights.gather(1, index) if weights.shape != index.shape else weights
         total += torch.zeros(experts.count + 1).index_add_(
             0,
             index.flatten().clamp(max=experts.count).cpu(),
-            (weights.float() * real[:, None].to(weights.device)).flatten().cpu(),
+            weights.float().flatten().cpu(),
         )[:-1]
 
     handles = [
         model.get_submodule(mixture.name).register_forward_pre_hook(
-            lambda _, args, kwargs, total=total: note(total, args, kwargs),  # type: ignore[misc]
+            lambda _, args, kwargs, name=mixture.name, total=total: note(name, total, args, kwargs),  # type: ignore[misc]
             with_kwargs=True,
         )
         for mixture, total in zip(experts.layers, totals, strict=True)
     ]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches():
-                mask = batch.get("attention_mask")
-                padding[0] = None if mask is None else (mask != 0).flatten().float()
+                now.clear()
+                now.update(batch)
                 model(**batch)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     if not all(total.sum() for total in totals):

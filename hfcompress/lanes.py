@@ -22,7 +22,7 @@ def lanes_read(module: Any, units: Units, span: Span, args: tuple[Any, ...], kwa
     Empty for a lane that no token is sent to, and for all of them where the forward does not multiply lane by lane. Hooks don't
     run. transformers' own implementation runs: the faster ones sort the tokens of all experts into one product.
     """
-    watch = _Watch(getattr(module, span.tensor.rpartition(".")[2]), units.lanes)
+    watch = _Watch(getattr(module, span.leaf), units.lanes)
     with _eager(getattr(module, "config", None)), watch:
         module.forward(*args, **kwargs)
     columns = span.length(units.count)
@@ -31,11 +31,10 @@ def lanes_read(module: Any, units: Units, span: Span, args: tuple[Any, ...], kwa
 
 def alive(module: nn.Module, units: Units, span: Span) -> Tensor:
     """(lanes, columns), 0 where gates silence a column and 1 elsewhere."""
-    leaf = span.tensor.rpartition(".")[2]
     for hook in list(module._forward_pre_hooks.values()):
         if getattr(hook, "is_gate", False):
             hook(module, ())
-    weight = vars(module).pop(leaf, None)
+    weight = vars(module).pop(span.leaf, None)
     if weight is None:
         return torch.ones(units.lanes, span.length(units.count))
     return weight.movedim(span.axis, 1).flatten(2).any(-1).float()

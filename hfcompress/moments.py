@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.anatomy import Span, Units
+from hfcompress.anatomy import Span, Units, channel_axis
 from hfcompress.calibration import Batches, evaluating, given, told
 from hfcompress.lanes import alive, lanes_read
 from hfcompress.lockstep import Paused
@@ -68,7 +68,7 @@ def lanes_of(model: nn.Module, units: Units, span: Span) -> list[tuple[Any, Tens
     """For each lane of a projection: its bias or None, and its weight, columns last, which shares its memory: what is written
     into it is the model's."""
     module = model.get_submodule(span.module)
-    weight = getattr(module, span.tensor.rpartition(".")[2]).data.movedim(span.axis, -1)
+    weight = getattr(module, span.leaf).data.movedim(span.axis, -1)
     return [(None, lane) for lane in weight] if units.lanes > 1 else [(getattr(module, "bias", None), weight)]
 
 
@@ -95,8 +95,9 @@ def for_each_projection(
     late = [name for name, (units, _) in places.items() if past_gates and units.lanes == 1]
     with evaluating(model), stops.before(model, [name for name in places if name not in late], late):
         # Experts that the first batch leaves out may be asked by another one, once.
-        times = Counter(dict.fromkeys(places, 1)) | _times(model, places, next(iter(given(batches, asked))))
-        runs = [_Run(stops, model, batch) for batch in given(batches, asked)]
+        data = list(given(batches, asked))
+        times = Counter(dict.fromkeys(places, 1)) | _times(model, places, data[0])
+        runs = [_Run(stops, model, batch) for batch in data]
 
         def see(name: str, run: _Run) -> None:
             read = rows_read(model, *places[name], run.batch, run.args, run.kwargs, past_gates)
@@ -148,8 +149,7 @@ def rows_read(
         if past_gates:
             rows = [some * stays.to(some) for some, stays in zip(rows, alive(module, units, span), strict=True)]
         return rows
-    x = args[0].movedim(1, -1) if isinstance(module, nn.Conv1d | nn.Conv2d) else args[0]  # (batch, columns, ...)
-    return [told(model, batch, span.module, x)]
+    return [told(model, batch, span.module, args[0].movedim(channel_axis(module), -1))]
 
 
 def _tokens(model: Any, units: Units, span: Span, batch: dict[str, Tensor], value: Any) -> Any:

@@ -20,8 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from hfcompress.errors import CompressionError
-from hfcompress.loading import forget_reading
-from hfcompress.methods.base import Batches, Method, Tick, check_together, with_original
+from hfcompress.methods.base import Batches, Method, Tick, check_together, leave_loadable, with_original
 from hfcompress.structure import describe
 
 
@@ -172,9 +171,7 @@ class CompressionCallback(Ticking):
         self._training.close()
         self._stack.close()
         _RIDING.pop(model, None)
-        if not getattr(model, "_hf_peft_config_loaded", False) and not all(m.replaces_loss for m in self._methods):
-            describe(model)
-            forget_reading(model)
+        leave_loadable(model, self._methods)
 
     def _abandon(self, beside: list[CompressionCallback]) -> None:
         """Its training raised, which nobody tells a callback: gates and hooks come off, and nothing is cut."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.anatomy import Span, Units
+from hfcompress.anatomy import Span, Units, channel_axis
 from hfcompress.calibration import Batches, evaluating
 from hfcompress.examples import example
 from hfcompress.moments import DAMPING, Moments, Places, for_each_projection, lanes_of, unreadable
@@ -163,7 +163,7 @@ def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], und
         found.setdefault((number, place), []).append(rows)
 
     handles = [
-        _reader(model, span).register_forward_pre_hook(partial(look, number, place, _channel(_reader(model, span))))
+        _reader(model, span).register_forward_pre_hook(partial(look, number, place, channel_axis(_reader(model, span))))
         for number, units in enumerate(all_units)
         for place, span in enumerate(units.outputs)
         if folded[number].any()
@@ -195,11 +195,7 @@ def _reader(model: nn.Module, span: Span) -> Any:
 
 def _owned(model: nn.Module, span: Span) -> tuple[Tensor | None, ...]:
     """The weight, and the bias if there is one."""
-    return tuple(getattr(_reader(model, span), leaf, None) for leaf in (span.tensor.rpartition(".")[2], "bias"))
-
-
-def _channel(layer: nn.Module) -> int:
-    return 1 if isinstance(layer, nn.Conv1d | nn.Conv2d) else -1
+    return tuple(getattr(_reader(model, span), leaf, None) for leaf in (span.leaf, "bias"))
 
 
 def _can_fold(model: nn.Module, units: Units) -> bool:

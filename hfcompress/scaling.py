@@ -36,7 +36,7 @@ def fitted(units: Units, specimen: nn.Module, described: nn.Module, model: nn.Mo
 
 
 def _length(model: nn.Module, span: Span) -> int:
-    owner, leaf = model.get_submodule(span.module), span.tensor.rpartition(".")[2]
+    owner, leaf = model.get_submodule(span.module), span.leaf
     if leaf == "weight" and (is_low_bit(owner) or kind_of(owner) in ("low_rank_linear", "low_rank_embedding")):
         into, out = features(owner)
         return out if span.axis == 0 else into

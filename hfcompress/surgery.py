@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import Span, Units, body_linears, reads_weight
+from hfcompress.anatomy import Span, Units, body_linears, channel_axis, reads_weight
 from hfcompress.counts import set_count
 from hfcompress.errors import CompressionError, did_you_mean
 from hfcompress.layers import codes_fit, is_low_bit, kind_of
@@ -61,7 +61,7 @@ def keep_entries(model: nn.Module, span: Span, index: Tensor) -> None:
 
     `index`: (entries,), or (lanes, entries) for a tensor whose axis 0 are the lanes.
     """
-    owner, leaf = model.get_submodule(span.module), span.tensor.rpartition(".")[2]
+    owner, leaf = model.get_submodule(span.module), span.leaf
     old = getattr(owner, leaf)
     index = index.to(old.device)
     if index.dim() == 1:
@@ -124,10 +124,10 @@ class Removable:
 
 
 def _gate_one(model: nn.Module, units: Units, span: Span, gates: Gates) -> Any:
-    module, leaf = model.get_submodule(span.module), span.tensor.rpartition(".")[2]
+    module = model.get_submodule(span.module)
     if units.lanes > 1:
-        return _gate_weight(module, leaf, units, span, gates)
-    channel = 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
+        return _gate_weight(module, span.leaf, units, span, gates)
+    channel = channel_axis(module)
 
     def scale(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_scaled(inputs[0], channel, (units.count, span.width), gates), *inputs[1:])

@@ -52,7 +52,7 @@ ALLOWED = {
     "depth": "errors layers stacks blanks",
     "choosing": "errors layers stacks blanks depth",
     "influence": "errors calibration stacks processes",
-    "experts": "errors blanks",
+    "experts": "errors calibration blanks",
     "width": "errors layers anatomy stacks blanks surgery proof scores",
     "architecture": "errors",
     "tokens": "errors",

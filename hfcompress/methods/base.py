@@ -223,6 +223,11 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
             return {name: value for tick in ticks for name, value in (tick(progress) or {}).items()}
 
         yield tick_all
+    leave_loadable(model, methods)
+
+
+def leave_loadable(model: nn.Module, methods: Iterable[Method]) -> None:
+    """After training: have the config tell what methods made of the model, so that `save_pretrained` writes what loads."""
     if not getattr(model, "_hf_peft_config_loaded", False) and not all(method.replaces_loss for method in methods):
         describe(model)
         forget_reading(model)
