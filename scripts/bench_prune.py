@@ -19,10 +19,10 @@ from statistics import mean
 from typing import Any
 
 from hfcompress import PruneHeads, PruneLayers, PruneNeurons, Recipe, compress
-from hfcompress.artifact import load
-from hfcompress.measuring import least_and_median, machine, timed_forward
-from hfcompress.recipe import task_from
-from hfcompress.train import Train
+from hfcompress.checkpoint.artifact import load
+from hfcompress.results.measure import least_and_median, machine, timed_forward
+from hfcompress.run.recipe import task_from
+from hfcompress.run.train import Train
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DOCS = ROOT / "out" / "bench-prune", ROOT / "docs"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from hfcompress import PruneVocab, Recipe, Train
-from hfcompress.artifact import needed_import, prove, save
-from hfcompress.measuring import machine, weigh
-from hfcompress.recipe import task_from
+from hfcompress.checkpoint.artifact import needed_import, prove, save
+from hfcompress.results.measure import machine, weigh
+from hfcompress.run.recipe import task_from
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 32

@@ -32,21 +32,25 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from hfcompress.anatomy import Units, body_linears
-from hfcompress.choosing import permitted, rehearse
-from hfcompress.depth import keep_layers
-from hfcompress.errors import CompressionError
-from hfcompress.examples import example, set_norms
-from hfcompress.layers import is_low_bit, quiet_casts
-from hfcompress.loading import forget_reading
+from hfcompress.checkpoint.describe import describe
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.quantizer import forget_reading
+from hfcompress.layers import holds_codes
+from hfcompress.layers.bitsandbytes import quiet_casts
 from hfcompress.methods import LowRank, Quantize
 from hfcompress.methods.low_rank import _as_layer
-from hfcompress.miniature import miniature
-from hfcompress.proof import proven, silenced, units_of
-from hfcompress.stacks import Stack, layer_stacks
-from hfcompress.structure import describe
-from hfcompress.surgery import cut, swap
-from hfcompress.vocabulary import fixed_tokens, keep_tokens, named_tokens
+from hfcompress.surgery.depth.drop import keep_layers
+from hfcompress.surgery.depth.stacks import Stack, layer_stacks
+from hfcompress.surgery.depth.trials import permitted, rehearse
+from hfcompress.surgery.modules import swap
+from hfcompress.surgery.targets import body_linears
+from hfcompress.surgery.units.cut import cut
+from hfcompress.surgery.units.gates import silenced
+from hfcompress.surgery.units.spans import Units
+from hfcompress.surgery.units.specimens.inputs import example, set_norms
+from hfcompress.surgery.units.specimens.tiny_config import miniature
+from hfcompress.surgery.units.verify import proven, units_of
+from hfcompress.surgery.vocabulary.embeddings import fixed_tokens, keep_tokens, named_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = (
@@ -205,7 +209,7 @@ def quantize(name: str, kind: str) -> None:
     check_reached(name, kind, dense)
     Quantize(8).run(model, None)
     off = distance(dense, answer(model, inputs))
-    if not any(is_low_bit(module) for module in model.modules()) or not off < 0.5:
+    if not any(holds_codes(module) for module in model.modules()) or not off < 0.5:
         raise Wrong(f"8 bits against dense: logits off by {off:.2g}")
     check_reload(model, inputs)
 

@@ -12,90 +12,36 @@ import pytest
 
 import hfcompress
 from hfcompress.methods import METHODS, Method
-from hfcompress.recipe import STEPS
+from hfcompress.run.recipe import STEPS
 from hfcompress.tasks import TASKS, Task
 
 PACKAGE = Path(hfcompress.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TASK_FILES = [name.replace("-", "_") for name in TASKS]
 
-# What each file may import of the package; a file stands above everything it names. `methods` and `tasks` mean the folders.
-ALLOWED = {
-    "errors": "",
-    "layers": "errors",
-    "counts": "",
-    "plain": "",
-    "stock": "layers",
-    "structure": "errors counts layers plain stock",
-    "loading": "errors layers structure",
-    "anatomy": "layers",
-    "surgery": "errors counts layers anatomy",
-    "examples": "errors",
-    "odd_sizes": "",
-    "miniature": "errors layers examples odd_sizes",
-    "reader": "layers anatomy",
-    "scaling": "errors counts layers anatomy",
-    "proof": "errors counts layers structure anatomy surgery miniature examples reader scaling",
-    "calibration": "errors lesson",
-    "scores": "errors anatomy calibration moments processes surgeon surgery",
-    "ranking": "errors anatomy",
-    "lockstep": "",
-    "saved": "errors anatomy processes",
-    "even": "errors anatomy structure surgery",
-    "lanes": "anatomy",
-    "moments": "anatomy calibration lanes lockstep",
-    "surgeon": "",
-    "repair": "anatomy calibration examples moments processes",
-    "fading": "anatomy proof surgery",
-    "stacks": "errors layers",
-    "blanks": "layers",
-    "depth": "errors layers stacks blanks",
-    "choosing": "errors layers stacks blanks depth",
-    "influence": "errors calibration stacks processes",
-    "experts": "errors calibration blanks",
-    "width": "errors layers anatomy stacks blanks surgery proof scores",
-    "architecture": "errors",
-    "tokens": "errors",
-    "vocabulary": "errors layers blanks surgery",
-    "losses": "",
-    "processes": "",
-    "lesson": "errors losses",
-    "terms": "errors losses lesson methods.base",
-    "signals": "errors losses lesson processes",
-    "teachers": "errors layers surgery",
-    "fused": "lesson",
-    "distilling": "errors layers anatomy proof fused lesson signals teachers terms",
-    "methods": "errors processes layers structure loading anatomy stacks surgery proof calibration scores ranking fading moments repair even saved depth choosing "
-    "influence experts width architecture teachers terms distilling data tokens vocabulary methods.base methods.units",
-    "metrics": "errors",
-    "data": "errors",
-    "checkpoints": "errors data",
-    "tasks": "errors data checkpoints metrics surgery vocabulary methods.base tasks.base tasks.texts tasks.labels",
-    "plugin": "errors structure loading methods.base",
-    "train": "errors lesson methods methods.base plugin",
-    "recipe": "errors methods methods.base tasks train",
-    "measuring": "errors layers",
-    "report": "errors measuring",
-    "comparing": "measuring report",
-    "plots": "errors report",
-    "artifact": "errors layers structure loading",
-    "snippet": "errors",
-    "hub": "errors snippet",
-    "loop": "errors metrics processes methods tasks train recipe report plots artifact hub",
-    "cli": "errors processes recipe loop report comparing artifact hub snippet",
-    "__init__": "loading errors methods recipe plugin train loop",
+# What each folder may import of the others: imports point down the sentence of ARCHITECTURE.md.
+BELOW = {
+    "run": "results methods tasks distillation calibration checkpoint",
+    "results": "layers checkpoint",
+    "methods": "tasks distillation calibration surgery layers checkpoint",
+    "tasks": "surgery checkpoint",
+    "distillation": "calibration surgery layers checkpoint",
+    "calibration": "surgery layers checkpoint",
+    "surgery": "layers checkpoint",
+    "checkpoint": "layers",
+    "layers": "checkpoint",
 }
 ONLY_IN = {
-    "huggingface_hub": {"hub", "checkpoints"},
-    "transformers.quantizers": {"loading", "stock"},
-    "typer": {"cli"},
-    "datasets": {"data", "metrics", *(f"tasks.{name}" for name in ("base", "texts", "labels", *TASK_FILES))},
-    "evaluate": {"metrics"},
-    "matplotlib": {"plots"},
-    "peft": {"methods.adapters", "artifact"},
-    "bitsandbytes": {"layers"},
+    "huggingface_hub": {"results.hub", "results.card", "tasks.pretrained"},
+    "transformers.quantizers": {"checkpoint.quantizer", "checkpoint.bnb_config"},
+    "typer": {"run.cli"},
+    "datasets": {"tasks.data", "tasks.metrics", *(f"tasks.{name}" for name in ("base", "texts", "labels", *TASK_FILES))},
+    "evaluate": {"tasks.metrics"},
+    "matplotlib": {"results.plot"},
+    "peft": {"methods.adapters", "checkpoint.artifact"},
+    "bitsandbytes": {"layers.bitsandbytes"},
 }
-LINES, FUNCTION_LINES = 380, 60
+LINES, FUNCTION_LINES = 365, 60
 
 
 def module(path: Path) -> str:
@@ -115,15 +61,49 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=module)
+def folder_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def ours(path: Path) -> set[str]:
+    return {found.removeprefix("hfcompress.") for found in imports(path) if found.startswith("hfcompress.")}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent != PACKAGE], ids=module)
 def test_imports_point_down(path: Path) -> None:
     name = module(path)
-    folder = name.partition(".")[0]
-    allowed = set(ALLOWED[folder if folder in ("methods", "tasks") else name].split())
-    if name in ("methods.__init__", "tasks.__init__"):
-        allowed |= {f"{folder}.{key}" for key in (METHODS if folder == "methods" else TASK_FILES)}
-    ours = {found.removeprefix("hfcompress.") for found in imports(path) if found.startswith("hfcompress.")}
-    assert ours <= allowed, f"{name} imports {ours - allowed}"
+    folder = folder_of(name)
+    found = {folder_of(other) for other in ours(path)} - {folder}
+    assert found <= set(BELOW[folder].split()), f"{name} imports {found - set(BELOW[folder].split())}"
+    if folder == "layers":
+        outside = {other for other in ours(path) if folder_of(other) != "layers"}
+        assert outside <= {"checkpoint.errors"}, "layers stand on the errors alone"
+    if name.startswith("methods.") and name.partition(".")[2] in METHODS:
+        assert not {other for other in ours(path) if other.removeprefix("methods.") in METHODS}, (
+            "methods don't import each other"
+        )
+
+
+def test_no_circle() -> None:
+    """Of modules as they are imported at the top: what a function imports when it runs can't be part of one."""
+    tops = {
+        module(path): {
+            name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for name in ({f"{node.module}.{alias.name}" for alias in node.names} | {node.module})
+        }
+        for path in FILES
+    }
+    graph = {name: {found.removeprefix("hfcompress.") for found in tops[name]} & set(tops) for name in tops}
+    while leaves := {name for name, below in graph.items() if not below}:
+        graph = {name: below - leaves for name, below in graph.items() if name not in leaves}
+    assert not graph, f"these import each other: {sorted(graph)}"
+
+
+def test_the_house_is_small() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]) <= 10
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
 def test_the_two_sides_never_meet() -> None:
@@ -132,7 +112,9 @@ def test_the_two_sides_never_meet() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('hfcompress.')), 'bitsandbytes' in sys.modules, 'peft' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    expected = [f"hfcompress.{name}" for name in ("counts", "errors", "layers", "loading", "plain", "stock", "structure")]
+    loaded = ("", *(f".{name}" for name in ("errors", "integers", "quantizer", "structure")))
+    layers = ("", *(f".{name}" for name in ("base", "bitsandbytes", "dense", "low_rank")))
+    expected = [*(f"hfcompress.checkpoint{name}" for name in loaded), *(f"hfcompress.layers{name}" for name in layers)]
     assert told.strip() == f"{expected} False False"
 
 
@@ -145,12 +127,12 @@ def test_a_library_is_imported_in_its_own_files_only(library: str) -> None:
 
 def test_trainer_is_imported_by_train_alone() -> None:
     users = {module(path) for path in FILES if re.search(r"\bimport [^\n]*\bTrainer\b|^\s+Trainer,$", path.read_text(), re.M)}
-    assert users == {"train"}
+    assert users == {"run.train"}
 
 
-def test_module_names_stand_in_anatomy_alone() -> None:
+def test_module_names_stand_in_spans_alone() -> None:
     users = {module(path) for path in FILES if "q_proj" in path.read_text()}
-    assert users == {"anatomy"}
+    assert users == {"surgery.units.spans"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
@@ -179,7 +161,7 @@ def test_a_methods_docstring_is_a_card(key: str) -> None:
 
 
 def test_methods_are_found_by_the_table_and_nowhere_else() -> None:
-    written = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__", "base", "units"}
+    written = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__", "base", "riding", "prune_units"}
     assert written == set(METHODS)
     assert set(STEPS) == {"train", *METHODS}
     assert all(issubclass(method, Method) for method in METHODS.values())
@@ -194,7 +176,15 @@ def test_a_task_its_class_and_its_file_are_one_word(key: str) -> None:
 
 
 def test_tasks_are_found_by_the_table_and_nowhere_else() -> None:
-    written = {path.stem for path in (PACKAGE / "tasks").glob("*.py")} - {"__init__", "base", "texts", "labels"}
+    written = {path.stem for path in (PACKAGE / "tasks").glob("*.py")} - {
+        "__init__",
+        "base",
+        "texts",
+        "labels",
+        "data",
+        "pretrained",
+        "metrics",
+    }
     assert written == set(TASK_FILES)
     assert all(issubclass(task, Task) for task in TASKS.values())
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from hfcompress.checkpoint.describe import describe
 from hfcompress.methods import Quantize
-from hfcompress.structure import describe
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "coverage.py"
 ODD = {

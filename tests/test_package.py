@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hfcompress.recipe import shipped_recipes
-from tests.hub_server import WRITE, HubServer
-from tests.test_run import recipe
+from hfcompress.run.recipe import shipped_recipes
+from tests.results.hub_server import WRITE, HubServer
+from tests.run.test_run import recipe
 from tests.tiny import tiny_checkpoint, tiny_texts
 
 ROOT = Path(__file__).parent.parent
@@ -36,14 +36,14 @@ def test_the_wheel_holds_the_recipes_and_no_tests(wheel: Path) -> None:
 def test_an_installed_wheel_knows_its_recipes_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     run = subprocess.run(
-        [sys.executable, "-m", "hfcompress.cli", "validate", "quickstart"],
+        [sys.executable, "-m", "hfcompress", "validate", "quickstart"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "200"},
     )
     assert run.stdout.startswith("valid: 7 steps"), run.stderr
-    where = "import hfcompress, hfcompress.recipe as r; print(hfcompress.__file__); print(r.find_recipe('quickstart'))"
+    where = "import hfcompress, hfcompress.run.recipe as r; print(hfcompress.__file__); print(r.find_recipe('quickstart'))"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     told = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env).stdout
     assert all(line.startswith(str(tmp_path / "site")) for line in told.split())
@@ -86,7 +86,7 @@ def test_a_run_pushes_and_a_fresh_process_loads_it_by_name(tmp_path: Path) -> No
         command = [
             sys.executable,
             "-m",
-            "hfcompress.cli",
+            "hfcompress",
             "run",
             str(file),
             f"output_dir={tmp_path / 'out'}",

@@ -16,14 +16,14 @@ from transformers import AutoModelForSequenceClassification, Trainer
 from typer.testing import CliRunner
 
 from hfcompress import PruneHeads, Recipe
-from hfcompress.artifact import save
-from hfcompress.cli import app
-from hfcompress.loop import compress
+from hfcompress.checkpoint.artifact import save
+from hfcompress.distillation.terms import TERMS
 from hfcompress.methods import METHODS
-from hfcompress.recipe import shipped_recipes
-from hfcompress.terms import TERMS
-from tests.test_laws import FewBatches
-from tests.test_train import Rows, arguments, still
+from hfcompress.run.cli import app
+from hfcompress.run.loop import compress
+from hfcompress.run.recipe import shipped_recipes
+from tests.methods.test_laws import FewBatches
+from tests.run.test_train import Rows, arguments, still
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_texts
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +114,7 @@ def test_the_recipes_that_ship_are_listed() -> None:
 
 
 def test_the_table_and_the_picture_are_those_of_a_committed_report() -> None:
-    from hfcompress.report import Report
+    from hfcompress.results.report import Report
 
     report = Report.load(ROOT / "docs" / "quickstart.json")
     shown = README.partition("<!-- quickstart table -->")[2].partition("<!-- end -->")[0].strip()

@@ -1,7 +1,7 @@
 """The one table of methods: a line a method."""
 
 from hfcompress.methods.adapters import Adapters
-from hfcompress.methods.base import Method, Step, riding
+from hfcompress.methods.base import Method, Step
 from hfcompress.methods.cast import Cast
 from hfcompress.methods.distill import Distill
 from hfcompress.methods.low_rank import LowRank
@@ -12,6 +12,7 @@ from hfcompress.methods.prune_neurons import PruneNeurons
 from hfcompress.methods.prune_vocab import PruneVocab
 from hfcompress.methods.prune_weights import PruneWeights
 from hfcompress.methods.quantize import Quantize
+from hfcompress.methods.riding import riding
 from hfcompress.methods.student import Student
 
 METHODS: dict[str, type[Method]] = {

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from hfcompress.errors import CompressionError
-from hfcompress.layers import is_low_bit
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers import holds_codes
 from hfcompress.methods.base import Method, Tick
 
 
@@ -21,8 +21,10 @@ class Adapters(Method):
     Paper: Hu et al. 2021, LoRA (arXiv 2106.09685); Dettmers et al. 2023, QLoRA (arXiv 2305.14314)
     """
 
+    edits: ClassVar[frozenset[str]] = frozenset({"adapter"})
     adds_parameters: ClassVar[bool] = True
     needs_training: ClassVar[bool] = True
+    tag: ClassVar[str] = "lora"
 
     r: int = Field(8, ge=1, description="Rank of the adapters.")
     lora_alpha: int = Field(16, ge=1, description="The update is scaled by lora_alpha / r.")
@@ -30,6 +32,10 @@ class Adapters(Method):
     target_modules: str | list[str] = Field("all-linear", description="As in PEFT.")
     modules_to_save: list[str] | None = Field(None, description="As in PEFT: modules trained whole, a new head for instance.")
     merge: bool = Field(True, description="Merge into the weights when training ends; false keeps an adapter that PEFT loads.")
+
+    @property
+    def keeps_adapter(self) -> bool:
+        return not self.merge
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
@@ -67,7 +73,7 @@ class Adapters(Method):
 def _low_bit_seen(model: Any) -> Iterator[None]:
     """PEFT takes its own layers for low-bit ones only if the model says so; else merging adds floats to codes."""
     told = {name: getattr(model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit")}
-    coded = {type(module).__name__ for module in model.modules() if is_low_bit(module)}
+    coded = {type(module).__name__ for module in model.modules() if holds_codes(module)}
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = "Linear4bit" in coded, "Linear8bitLt" in coded
     try:
         yield

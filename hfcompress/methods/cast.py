@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -19,6 +19,8 @@ class Cast(Method):
     Costs: bfloat16 keeps 8 bits of precision; float16 keeps 11, and may overflow in models trained in bfloat16.
     Paper: Micikevicius et al. 2017, Mixed Precision Training (arXiv 1710.03740)
     """
+
+    edits: ClassVar[frozenset[str]] = frozenset({"dtype"})
 
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="What dense parameters are stored in.")
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, field_validator, model_validator
 from torch import nn
 
-from hfcompress.distilling import Distilling
-from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.distillation.hooks import Distilling
+from hfcompress.distillation.teachers import ORIGINAL
+from hfcompress.distillation.terms import TERMS, Term
 from hfcompress.methods.base import Method, Tick
-from hfcompress.teachers import ORIGINAL
-from hfcompress.terms import TERMS, Term
 
 
 class Distill(Method):
@@ -23,8 +23,9 @@ class Distill(Method):
     Paper: Hinton et al. 2015 (arXiv 1503.02531); Sanh et al. 2019, DistilBERT (arXiv 1910.01108)
     """
 
+    edits: ClassVar[frozenset[str]] = frozenset({"loss"})
     needs_training: ClassVar[bool] = True
-    replaces_loss: ClassVar[bool] = True
+    tag: ClassVar[str] = "distillation"
 
     teacher: Any = Field(
         ORIGINAL,
@@ -101,6 +102,14 @@ class Distill(Method):
         if all(term.needs == "labels" for term in self.summands):
             return []
         return list(self.teacher) if isinstance(self.teacher, list | tuple) else [self.teacher]
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.teachers)
+
+    @property
+    def learns_labels(self) -> bool:
+        return any(term.needs == "labels" for term in self.summands)
 
     @property
     def wants_original(self) -> bool:

@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.anatomy import body_linears
-from hfcompress.errors import CompressionError
-from hfcompress.layers import LowRankEmbedding, LowRankLinear, features
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import check_editable, matching, swap
+from hfcompress.surgery.modules import check_editable, swap
+from hfcompress.surgery.targets import body_linears, matching
 
 log = logging.getLogger("hfcompress")
 
@@ -28,7 +28,10 @@ class LowRank(Method):
     Paper: Denton et al. 2014 (arXiv 1404.0736); embeddings: Lan et al. 2019, ALBERT (arXiv 1909.11942)
     """
 
+    edits: ClassVar[frozenset[str]] = frozenset({"factors"})
+    needs_dense: ClassVar[bool] = True
     adds_parameters: ClassVar[bool] = True
+    tag: ClassVar[str] = "low-rank"
 
     rank: int | None = Field(None, ge=1, description="The same rank for every layer.")
     ratio: float | None = Field(None, gt=0, lt=1, description="Parameters that stay, as a share of each layer's own.")
@@ -81,7 +84,8 @@ class LowRank(Method):
         # The root of each singular value on either side, so that both factors learn at the same pace.
         root = values[:rank].sqrt()
         into, out = right[:rank] * root[:, None], left[:, :rank] * root
-        swap(model, name, _as_layer(old, into.to(matrix.dtype), out.to(matrix.dtype)))
+        kind = LowRankEmbedding if isinstance(old, nn.Embedding) else LowRankLinear
+        swap(model, name, kind.from_dense(old, into.to(matrix.dtype), out.to(matrix.dtype)))
         return True
 
     def _rank(self, values: Tensor, shape: torch.Size) -> int:
@@ -91,19 +95,3 @@ class LowRank(Method):
             return max(1, int(self.ratio * shape.numel() / sum(shape)))
         energy = values.square().cumsum(0) / values.square().sum()
         return min(len(values), int((energy < (self.energy or 0)).sum()) + 1)
-
-
-def _as_layer(old: Any, into: Tensor, out: Tensor) -> nn.Module:
-    """`into` (rank, in) and `out` (out, rank) as the layer that takes `old`'s place; an embedding's (vocabulary) is `in`."""
-    where: dict[str, Any] = {"device": into.device, "dtype": into.dtype}
-    if isinstance(old, nn.Embedding):
-        table = LowRankEmbedding(*features(old), into.shape[0], old.padding_idx, **where)
-        table.table.weight = nn.Parameter(into.T.contiguous())
-        table.expand.weight = nn.Parameter(out.contiguous())
-        return table
-    layer = LowRankLinear(*features(old), into.shape[0], old.bias is not None, **where)
-    layer.first.weight = nn.Parameter(into.contiguous())
-    layer.second.weight = nn.Parameter(out.contiguous())
-    if old.bias is not None:
-        layer.second.bias = nn.Parameter(old.bias.detach().clone())
-    return layer

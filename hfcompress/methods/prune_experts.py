@@ -8,11 +8,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from hfcompress.errors import CompressionError
-from hfcompress.experts import Mixtures, keep_experts, magnitude, mixtures, usage
-from hfcompress.methods.base import Method, Tick, calibration
-from hfcompress.processes import agreed
-from hfcompress.surgery import check_editable
+from hfcompress.calibration.batches import calibration
+from hfcompress.calibration.expert_usage import usage
+from hfcompress.calibration.processes import agreed
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.methods.base import Method, Tick
+from hfcompress.surgery.experts import Mixtures, keep_experts, magnitude, mixtures
+from hfcompress.surgery.modules import check_editable
 
 
 class PruneExperts(Method):
@@ -25,7 +27,9 @@ class PruneExperts(Method):
     """
 
     # It replaces the very parameters that an optimizer would hold.
+    edits: ClassVar[frozenset[str]] = frozenset({"layers"})
     adds_parameters: ClassVar[bool] = True
+    tag: ClassVar[str] = "pruning"
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the experts to cut in every layer, 0..1.")
     number: int | None = Field(None, ge=1, description="How many experts to keep in every layer.")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hfcompress.methods.units import UnitPruning
+from hfcompress.methods.prune_units import UnitPruning
 
 
 class PruneHeads(UnitPruning):

@@ -8,13 +8,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from hfcompress.choosing import permitted, rehearse
-from hfcompress.depth import keep_layers
-from hfcompress.errors import CompressionError
-from hfcompress.influence import angular, block_influence, loss_without
-from hfcompress.methods.base import Method, Tick, calibration
-from hfcompress.stacks import Stack, chosen, named_stacks
-from hfcompress.surgery import check_editable
+from hfcompress.calibration.batches import calibration
+from hfcompress.calibration.layer_scores import angular, block_influence, loss_without
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.methods.base import Method, Tick
+from hfcompress.surgery.depth.drop import keep_layers
+from hfcompress.surgery.depth.stacks import Stack, chosen, named_stacks
+from hfcompress.surgery.depth.trials import permitted, rehearse
+from hfcompress.surgery.modules import check_editable
 
 
 class PruneLayers(Method):
@@ -28,7 +29,9 @@ class PruneLayers(Method):
     """
 
     # It cuts before training, so that training heals: an optimizer must not hold what is cut.
+    edits: ClassVar[frozenset[str]] = frozenset({"layers"})
     adds_parameters: ClassVar[bool] = True
+    tag: ClassVar[str] = "pruning"
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the layers to cut, 0..1.")
     number: int | None = Field(None, ge=1, description="How many layers to keep.")

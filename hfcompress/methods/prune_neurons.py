@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from hfcompress.methods.units import UnitPruning
+from hfcompress.methods.prune_units import UnitPruning
 
 
 class PruneNeurons(UnitPruning):

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
-from hfcompress.errors import CompressionError
-from hfcompress.methods.base import Method, Tick, check_together
-from hfcompress.surgery import check_editable
-from hfcompress.tokens import Vocabulary, check_same, counted, tokenizer_of
-from hfcompress.vocabulary import fixed_tokens, keep_tokens, named_tokens, vocabulary_size
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.methods.base import Method, Tick
+from hfcompress.methods.riding import check_together
+from hfcompress.surgery.modules import check_editable
+from hfcompress.surgery.vocabulary.embeddings import fixed_tokens, keep_tokens, named_tokens, vocabulary_size
+from hfcompress.surgery.vocabulary.tokenizer import Vocabulary, check_same, counted, tokenizer_of
 
 log = logging.getLogger("hfcompress")
 
@@ -31,7 +32,9 @@ class PruneVocab(Method):
     Paper: Abdaoui et al. 2020, Load What You Need (arXiv 2010.05609)
     """
 
+    edits: ClassVar[frozenset[str]] = frozenset({"tokens"})
     rides: ClassVar[bool] = False
+    tag: ClassVar[str] = "pruning"
 
     corpus: str | list[str] | None = Field(
         None,
@@ -103,7 +106,7 @@ class PruneVocab(Method):
 
     def _texts(self) -> list[str]:
         if isinstance(self.corpus, str):
-            from hfcompress.data import read_texts  # here, as importing datasets takes its time
+            from hfcompress.tasks.data import read_texts  # here, as importing datasets takes its time
 
             return list(read_texts(self.corpus))
         return list(self.corpus or ())

@@ -2,16 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hfcompress.anatomy import body_linears
-from hfcompress.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import check_editable, matching
+from hfcompress.surgery.modules import check_editable
+from hfcompress.surgery.targets import body_linears, matching
 
 
 class PruneWeights(Method):
@@ -22,6 +22,10 @@ class PruneWeights(Method):
     Costs: more with every zero; rising gradually under `train` gives the others time to take over.
     Paper: Zhu, Gupta 2017, To prune, or not to prune (arXiv 1710.01878): the cubic schedule
     """
+
+    edits: ClassVar[frozenset[str]] = frozenset({"values"})
+    needs_dense: ClassVar[bool] = True
+    tag: ClassVar[str] = "pruning"
 
     sparsity: float = Field(gt=0, lt=1, description="Share of the weights to set to zero in every target layer, 0..1.")
     target_modules: list[str] | None = Field(

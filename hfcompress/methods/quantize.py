@@ -3,15 +3,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
-from hfcompress.errors import CompressionError
-from hfcompress.layers import coded, codes_fit, features
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers import features
+from hfcompress.layers.bitsandbytes import coded, codes_fit
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery import check_editable, codable, matching, swap
+from hfcompress.surgery.modules import check_editable, swap
+from hfcompress.surgery.targets import codable, matching
 
 log = logging.getLogger("hfcompress")
 
@@ -24,6 +26,10 @@ class Quantize(Method):
     Costs: half a step of rounding a weight, at most; time, where unpacking outweighs the smaller reads (see the report).
     Paper: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314)
     """
+
+    edits: ClassVar[frozenset[str]] = frozenset({"codes"})
+    needs_dense: ClassVar[bool] = True
+    tag: ClassVar[str] = "quantization"
 
     bits: Literal[8, 4] = Field(8, description="Bits a weight.")
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4 bits: which sixteen values the codes stand for.")
@@ -80,4 +86,7 @@ class Quantize(Method):
 
     def quantized(self, layer: nn.Module) -> nn.Module:
         """The low-bit twin of a Linear or Conv1D, on the same device."""
-        return coded(layer, self.bits, self.quant_type, self.use_double_quant, self.compute_dtype, self.threshold)
+        if self.bits == 8:
+            return coded(layer, 8, threshold=self.threshold)
+        four = {"quant_type": self.quant_type, "use_double_quant": self.use_double_quant, "compute_dtype": self.compute_dtype}
+        return coded(layer, 4, **four)

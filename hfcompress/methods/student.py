@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import nn
 
-from hfcompress.architecture import from_scratch
-from hfcompress.choosing import rehearse
-from hfcompress.depth import keep_layers
-from hfcompress.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.methods.base import Method, Tick
-from hfcompress.stacks import Stack, chosen, named_stacks, spread
-from hfcompress.surgery import become, check_editable
-from hfcompress.width import narrow
+from hfcompress.surgery.depth.drop import keep_layers
+from hfcompress.surgery.depth.stacks import Stack, chosen, named_stacks, spread
+from hfcompress.surgery.depth.trials import rehearse
+from hfcompress.surgery.from_config import from_scratch
+from hfcompress.surgery.modules import become, check_editable
+from hfcompress.surgery.width import narrow
 
 
 class Student(Method):
@@ -29,7 +29,9 @@ class Student(Method):
     """
 
     # It replaces the very parameters that an optimizer would hold.
+    edits: ClassVar[frozenset[str]] = frozenset({"layers", "units"})
     adds_parameters: ClassVar[bool] = True
+    tag: ClassVar[str] = "distillation"
 
     every: int | None = Field(None, ge=2, description="Keep every n-th layer, the first included.")
     layers: list[int] | None = Field(None, min_length=1, description="The layers to keep, counted from 0, ascending.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.tasks.base import Task
 from hfcompress.tasks.causal_lm import CausalLM
 from hfcompress.tasks.image_classification import ImageClassification

@@ -14,19 +14,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfcompress.checkpoints import load_config, load_pretrained
-from hfcompress.data import (
-    EVAL_SPLITS,
-    drop_duplicates,
-    quiet_datasets,
-    read_splits,
-    split_off,
-)
-from hfcompress.errors import CompressionError, did_you_mean
-from hfcompress.methods.base import Fields
-from hfcompress.metrics import higher_is_better, load_metrics
-from hfcompress.surgery import copied
-from hfcompress.vocabulary import keep_tokens, named_tokens
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.fields import Fields
+from hfcompress.surgery.modules import copied
+from hfcompress.surgery.vocabulary.embeddings import keep_tokens, named_tokens
+from hfcompress.tasks.data import EVAL_SPLITS, drop_duplicates, quiet_datasets, read_splits, split_off
+from hfcompress.tasks.metrics import higher_is_better, load_metrics
+from hfcompress.tasks.pretrained import load_config, load_pretrained
 
 TOKENS = ("predictions", "references")
 """What `predict` gives in tokens where models answer with them."""

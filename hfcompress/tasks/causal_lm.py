@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, default_data_collator
 
-from hfcompress.data import choose
+from hfcompress.tasks.data import choose
 from hfcompress.tasks.texts import TextTask
 
 

@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForImageClassification, default_data_collator
 
-from hfcompress.checkpoints import load_image_processor
-from hfcompress.data import PICTURES, choose, find_column, name_labels
-from hfcompress.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.tasks.data import PICTURES, choose, find_column, name_labels
 from hfcompress.tasks.labels import Classification
+from hfcompress.tasks.pretrained import load_image_processor
 
 
 class ImageClassification(Classification):

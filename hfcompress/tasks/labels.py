@@ -9,10 +9,10 @@ from datasets import Dataset
 from pydantic import Field, PrivateAttr, model_validator
 from transformers import PreTrainedConfig
 
-from hfcompress.checkpoints import fit_labels, has_head, head_labels
-from hfcompress.data import LABELS, find_column
-from hfcompress.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.tasks.base import Task
+from hfcompress.tasks.data import LABELS, find_column
+from hfcompress.tasks.pretrained import fit_labels, has_head, head_labels
 
 
 class Classification(Task):

@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hfcompress.data import choose
-from hfcompress.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.tasks.data import choose
 from hfcompress.tasks.texts import TextTask
 
 

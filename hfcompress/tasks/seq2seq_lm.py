@@ -10,9 +10,9 @@ from pydantic import Field, PositiveInt, PrivateAttr
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
-from hfcompress.checkpoints import positions
-from hfcompress.data import find_column
-from hfcompress.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.tasks.data import find_column
+from hfcompress.tasks.pretrained import positions
 from hfcompress.tasks.texts import TextTask
 
 SOURCES = ("document", "article", "dialogue", "source", "text", "input", "content", "question")

@@ -6,7 +6,7 @@ from datasets import Dataset
 from pydantic import Field, PositiveInt
 from transformers import AutoModelForSequenceClassification
 
-from hfcompress.data import find_texts, name_labels
+from hfcompress.tasks.data import find_texts, name_labels
 from hfcompress.tasks.labels import Classification
 from hfcompress.tasks.texts import TextTask
 

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
-from hfcompress.checkpoints import load_tokenizer, positions
-from hfcompress.data import TEXTS, choose, find_column, quiet_datasets
-from hfcompress.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.surgery.vocabulary.embeddings import with_tokens
 from hfcompress.tasks.base import Task
-from hfcompress.vocabulary import with_tokens
+from hfcompress.tasks.data import TEXTS, choose, find_column, quiet_datasets
+from hfcompress.tasks.pretrained import load_tokenizer, positions
 
 
 class TextTask(Task):

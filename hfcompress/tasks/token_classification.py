@@ -9,10 +9,10 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
-from hfcompress.checkpoints import load_tokenizer
-from hfcompress.data import TAGS, WORDS, find_column, label_names
-from hfcompress.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.tasks.data import TAGS, WORDS, find_column, label_names
 from hfcompress.tasks.labels import Classification
+from hfcompress.tasks.pretrained import load_tokenizer
 from hfcompress.tasks.texts import TextTask
 
 IGNORED = -100

@@ -1,0 +1,124 @@
+"""How much a layer does: what it changes in the hidden states, and what the loss would be without it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hfcompress.calibration.batches import MakeBatches, evaluating, examples, given, labelled, loss_of, told
+from hfcompress.calibration.processes import agreed
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.surgery.depth.stacks import Stack
+
+
+def block_influence(model: nn.Module, stack: Stack, batches: MakeBatches, asked: str) -> Tensor:
+    """1 minus the mean cosine of a layer's input and output, over tokens that are no padding. (count,).
+
+    Men et al. 2024, ShortGPT (arXiv 2403.03853), equation 1.
+    """
+    return 1 - _cosines(model, stack, batches, asked)[torch.arange(stack.count), torch.arange(1, stack.count + 1)]
+
+
+def angular(model: nn.Module, stack: Stack, batches: MakeBatches, size: int, asked: str) -> Tensor:
+    """Angular distance, 0..1, between the input of each block of `size` layers and its output. (count - size + 1,).
+
+    Gromov et al. 2024 (arXiv 2403.17887), equation 6, with the mean over all tokens for their last one: encoders have no last.
+    """
+    starts = torch.arange(stack.count - size + 1)
+    return _cosines(model, stack, batches, asked)[starts, starts + size].clamp(-1, 1).acos() / torch.pi
+
+
+def loss_without(model: nn.Module, stack: Stack, batches: MakeBatches, skipped: list[int], asked: str) -> float:
+    """The mean loss over labels with these layers skipped."""
+    total, seen = 0.0, 0.0
+    handles = [skip(model.get_submodule(stack.name)[index]) for index in skipped]  # type: ignore[index]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in given(batches, f"{asked}: a score"):
+                output = model(**batch)
+                known = labelled(model, batch, output)
+                worth = examples(model, batch) if known is None else float(known.sum())
+                if worth:  # else a mean over nothing
+                    total += worth * loss_of(output, f"{asked}: scores: loss", "block_influence").item()
+                    seen += worth
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen or not math.isfinite(total):
+        raise CompressionError(
+            f"{asked}: loss is not finite on the calibration data, or no batch has a label; load the model in float32, or "
+            f"choose scores: block_influence."
+        )
+    return agreed(torch.tensor(total / seen)).item()
+
+
+def skip(layer: nn.Module) -> RemovableHandle:
+    """Make the identity of a layer: what it is given first is what it returns first, in its own format."""
+
+    def identity(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = _first((*args, *kwargs.values()))
+        if type(output) in (list, tuple):
+            return type(output)((given, *output[1:]))
+        if isinstance(output, Tensor):
+            return given
+        raise CompressionError(
+            f"{type(layer).__name__} returns a {type(output).__name__}, and what it would return if skipped is not known; "
+            f"possible are layers that return a tensor or a tuple; choose scores: position."
+        )
+
+    return layer.register_forward_hook(identity, with_kwargs=True)
+
+
+def _cosines(model: nn.Module, stack: Stack, batches: MakeBatches, asked: str) -> Tensor:
+    """Mean cosine of the hidden states before layer i and before layer j, over tokens. (count + 1, count + 1)."""
+    totals, seen = torch.zeros(stack.count + 1, stack.count + 1), 0.0
+    layers: Any = model.get_submodule(stack.name)
+    states: dict[int, Tensor] = {}
+
+    def note(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        conv = any(parameter.dim() == 4 for parameter in layer.parameters())
+        for place, state in ((index, _first((*args, *kwargs.values()))), (index + 1, _first(output))):
+            state = state.detach().float()
+            states[place] = state.movedim(1, -1) if conv and state.dim() == 4 else state
+
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, args, kwargs, output, index=index: note(index, layer, args, kwargs, output),  # type: ignore[misc]
+            with_kwargs=True,
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in given(batches, f"{asked}: a score"):
+                states.clear()
+                model(**batch)
+                if len(states) <= stack.count or len({state.shape for state in states.values()}) > 1:
+                    raise CompressionError(
+                        f"{asked}: the hidden states between the layers of {stack.name} can't be followed; possible are layers "
+                        f"that are called one by one and keep the shape; choose scores: position."
+                    )
+                ordered = [states[place] for place in range(stack.count + 1)]
+                cosines, count = _mean_cosines([told(model, batch, stack.name, state) for state in ordered])
+                totals, seen = totals + cosines, seen + count
+    finally:
+        for handle in handles:
+            handle.remove()
+    return agreed(totals / seen)
+
+
+def _mean_cosines(states: list[Tensor]) -> tuple[Tensor, float]:
+    """Sums of cosines over tokens, (layers + 1, layers + 1), and how many tokens there are, of states (tokens, hidden)."""
+    units = torch.stack([torch.nn.functional.normalize(state.to(states[0].device), dim=-1) for state in states])
+    return torch.einsum("ith,jth->ij", units, units).cpu(), float(units.shape[1])
+
+
+def _first(values: Any) -> Tensor:
+    """The first tensor of a number of values: a layer's hidden states come first, in and out."""
+    if isinstance(values, Tensor):
+        return values
+    return next(value for value in (values.values() if isinstance(values, dict) else values) if isinstance(value, Tensor))

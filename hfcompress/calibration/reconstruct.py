@@ -1,0 +1,222 @@
+"""Repairs a cut without training: what is left of an output projection takes over what was cut, as well as it can."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfcompress.calibration.batches import MakeBatches, evaluating
+from hfcompress.calibration.processes import agreed
+from hfcompress.calibration.second_moments import DAMPING, Moments, Places, for_each_projection, lanes_of, unreadable
+from hfcompress.surgery.units.spans import Span, Units, channel_axis
+from hfcompress.surgery.units.specimens.inputs import example
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """An output projection, or an expert's: the mean squared error of what it adds, as a share of the mean square of that."""
+
+    module: str
+    before: float
+    after: float
+    tokens: int
+
+
+class Undo:
+    """Changes of tensors, kept on the CPU, so that they can be taken back, whatever training has added since."""
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @contextmanager
+    def noting(self, *tensors: Tensor | None) -> Iterator[None]:
+        given = [tensor for tensor in tensors if tensor is not None]
+        before = [tensor.detach().to("cpu", copy=True) for tensor in given]
+        try:
+            yield
+        finally:
+            self._changes += [(one, old, one.detach().to("cpu", copy=True)) for one, old in zip(given, before, strict=True)]
+
+    def undo(self) -> None:
+        while self._changes:
+            tensor, old, new = self._changes.pop()
+            now = tensor.detach().cpu()
+            tensor.data.copy_(old if torch.equal(now, new) else now.float() - new.float() + old.float())
+
+
+@torch.no_grad()
+def repair(
+    model: Any,
+    all_units: list[Units],
+    kept: list[Tensor],
+    batches: MakeBatches | None,
+    damping: float = DAMPING,
+    undo: Undo | None = None,
+) -> list[Repaired]:
+    """Solve the columns that stay in every output projection anew, in place. The units that go must be silent already, and
+    become so for good: their columns are zero afterwards.
+
+    With z what the columns that stay read, and r = W_cut x_cut what the others would add, D and d minimise
+
+        mean |r - D z - d|^2 + ridge |D|^2     over all tokens, padding excluded
+
+    which is closed in the second moments, D = mean r z^T (mean z z^T + ridge)^-1, and W_kept + D and b + d take their places.
+    Where the projection has a bias, moments are about the means and d = mean r - D mean z: the mean of what is cut is folded
+    into the bias. Where it has none, none is added: d is 0, and raw moments let the columns stand in for the mean as well. As
+    D = 0 is the cut alone and costs no ridge, the error can't become larger than that on these tokens, whatever the ridge.
+
+    Layers are repaired in the order of the model, each on what those before it make of the data since they were repaired. Least
+    squares layer by layer: OBC (Frantar, Alistarh 2022, arXiv 2208.11580), ZipLM (Kurtic et al. 2023, 2302.04089), SlimGPT
+    (Ling et al. 2024, 2412.18110). Aiming at what the projection said in the original model, so that later layers mend
+    what earlier ones could not, fits the samples rather than the text.
+    """
+    undo = undo or Undo()
+    places: Places = {}
+    columns: dict[str, Tensor] = {}
+    for units, keep in zip(all_units, kept, strict=True):
+        for span in units.outputs:
+            why = unreadable(model, span)
+            if why:
+                _leave(span, why)
+            elif keep.shape[-1] < units.count:
+                places[span.module] = units, span
+                columns[span.module] = span.index(keep, units.count).reshape(units.lanes, -1)
+    told: list[Repaired] = []
+
+    def solve(name: str, moments: list[Moments]) -> None:
+        units, span = places[name]
+        if not any(some.tokens for some in moments):
+            _leave(span, "what it reads can't be seen, or is never asked for")
+        lanes = zip(lanes_of(model, units, span), columns[name], moments, strict=True)
+        with undo.noting(*_owned(model, span)):
+            told.extend(_solve(name, *lane, some, mine, damping) for lane, some, mine in lanes if mine.tokens)
+
+    if places:
+        for_each_projection(model, places, batches, "repair", solve)
+    return told
+
+
+def _leave(span: Span, why: str) -> None:
+    logging.getLogger(__name__).warning("repair: %s is left as it is: %s.", span.tensor, why)
+
+
+def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments, damping: float) -> Repaired:
+    """Write into the columns that stay of a lane (..., columns), and into its bias."""
+    weight = lane.flatten(0, -2).double()
+    columns = columns.to(weight.device)
+    gone = torch.ones(weight.shape[-1], dtype=torch.bool, device=weight.device).index_fill_(0, columns, False)
+    raw, square = moments.square(about_mean=False), moments.square(about_mean=bias is not None)
+    lost = weight[:, gone]
+    power, before = _mean_square(weight, raw), _mean_square(lost, raw[gone][:, gone])
+    zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
+    more = agreed(_divided(rz, zz, damping)).to(weight.device)
+    after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
+    lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
+    lane[..., gone] = 0.0
+    if bias is not None:
+        bias.data += agreed(lost @ moments.mean[gone] - more @ moments.mean[columns]).to(bias)
+    was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
+    return Repaired(name, was, now, moments.tokens)
+
+
+def _mean_square(weight: Tensor, square: Tensor) -> Tensor:
+    """mean |W x|^2, of the second moments of x."""
+    return (weight * (weight @ square)).sum()
+
+
+def _divided(left: Tensor, moments: Tensor, damping: float) -> Tensor:
+    """left (moments + ridge)^-1, for (out, k) and (k, k)."""
+    ridge = damping * moments.diagonal().mean()
+    damped = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) or not factor.isfinite().all():  # columns that say the same, and no ridge: the least of all solutions
+        return left @ torch.linalg.pinv(damped, hermitian=True)
+    return torch.cholesky_solve(left.T, factor).T
+
+
+@torch.no_grad()
+def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], undo: Undo | None = None) -> list[Tensor]:
+    """Fold what doomed units always say into the bias that follows; which ones these were, of the shape of the units. Their
+    columns are zero afterwards.
+
+    A neuron whose weights are all zero still speaks if it has a bias: W act(b) is then a constant, and cutting it is exact if
+    the next bias takes it over. The constant is read off a forward of random inputs, so that no activation need be known.
+    """
+    undo = undo or Undo()
+    folded = [torch.zeros_like(some) for some in doomed]
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    for number, (units, some) in enumerate(zip(all_units, doomed, strict=True)):
+        if units.kind == "neurons" and units.lanes == 1 and _can_fold(model, units):
+            folded[number] = some & _weightless(model, units)
+    if not any(some.any() for some in folded):
+        return folded
+
+    def look(number: int, place: int, channel: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].movedim(channel, -1)[..., folded[number].to(args[0].device)].flatten(0, -2)
+        found.setdefault((number, place), []).append(rows)
+
+    handles = [
+        _reader(model, span).register_forward_pre_hook(partial(look, number, place, channel_axis(_reader(model, span))))
+        for number, units in enumerate(all_units)
+        for place, span in enumerate(units.outputs)
+        if folded[number].any()
+    ]
+    try:
+        with evaluating(model):
+            model(**example(model))
+    except Exception:  # inputs that only its own processor can make
+        return [torch.zeros_like(some) for some in doomed]
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (number, place), seen in found.items():
+        rows, span = torch.cat(seen), all_units[number].outputs[place]
+        if not torch.allclose(rows, rows[:1], atol=1e-5, rtol=1e-3):  # kernels round the last few entries of a row otherwise
+            folded[number].zero_()
+            continue
+        ((bias, weight),) = lanes_of(model, all_units[number], span)
+        index = folded[number].to(weight.device)
+        with undo.noting(*_owned(model, span)):
+            bias.data += (weight[..., index].flatten(0, -2).double() @ rows[0].double()).to(bias)
+            weight[..., index] = 0.0
+    return folded
+
+
+def _reader(model: nn.Module, span: Span) -> Any:
+    return model.get_submodule(span.module)
+
+
+def _owned(model: nn.Module, span: Span) -> tuple[Tensor | None, ...]:
+    """The weight, and the bias if there is one."""
+    return tuple(getattr(_reader(model, span), leaf, None) for leaf in (span.leaf, "bias"))
+
+
+def _can_fold(model: nn.Module, units: Units) -> bool:
+    """Every output has a bias, reads one position, and one entry a unit."""
+    layers = [_reader(model, span) for span in units.outputs]
+    return units.size == 1 and all(
+        getattr(layer, "bias", None) is not None and not unreadable(model, span)
+        for layer, span in zip(layers, units.outputs, strict=True)
+    )
+
+
+def _weightless(model: nn.Module, units: Units) -> Tensor:
+    """(count,), bool: units that have a bias and nothing but zeros in their weights."""
+    still, speaks = torch.ones(units.count, dtype=torch.bool), torch.zeros(units.count, dtype=torch.bool)
+    for span in units.inputs:
+        owner, _, leaf = span.tensor.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), leaf).detach().cpu()
+        index = span.index(torch.arange(units.count)[:, None], units.count)
+        entries = tensor.movedim(span.axis, 0).reshape(tensor.shape[span.axis], -1).any(1)[index].any(-1)
+        if tensor.dim() > 1:
+            still &= ~entries
+        else:
+            speaks |= entries
+    return still & speaks

@@ -1,0 +1,36 @@
+"""The one exception: a mistake, told in one sentence that says where, what was written, what is possible, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class CompressionError(ValueError):
+    """Something the user can mend. The message says where, what was written, what is possible and what to do."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as an error repeats it: its repr, cut in the middle where it is long, without what a terminal would obey."""
+    if isinstance(value, list | tuple | dict | set) and len(value) > most:
+        return f"{type(value).__name__} of {len(value)} entries"
+    text = repr(value[: most * 4] if isinstance(value, str | bytes) else value)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"
+
+
+def did_you_mean(word: str, possible: Iterable[str]) -> str:
+    """` Did you mean 'x'?` where a possible word is close, else ` Possible: a, b, c.`; starts with a blank."""
+    possible = sorted(possible)
+    close = difflib.get_close_matches(word, possible, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" Possible: {', '.join(possible)}."
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Say where a `CompressionError` happened: `with explained("step 2 of 5, prune_heads"): ...`."""
+    try:
+        yield
+    except CompressionError as error:
+        raise CompressionError(f"{where}: {error}") from error

@@ -1,0 +1,331 @@
+"""The terms a distillation loss may have. Adding one: its class here, its line in TERMS, its row in the tests of laws.
+
+Each yields parts `(values, rows)`: one value for every row that counts, and which rows those are. A row is an example, (B,), or
+a position of one, (B, T). `Lesson.mean` puts them together so that it does not matter how a batch was cut, padded or spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_serializer
+from torch import Tensor
+
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.fields import Fields
+from hfcompress.distillation import losses
+from hfcompress.distillation.batch import Lesson
+
+Parts = Iterator[tuple[Tensor, Tensor]]
+
+
+class Term(Fields):
+    """One summand of the loss. `needs` says what of the teacher it reads beside its answers."""
+
+    key: ClassVar[str]
+    needs: ClassVar[Literal["labels", "logits", "hidden_states", "attentions", "relations"]]
+
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="What the term is multiplied with.")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, fields: Any) -> Any:
+        """`kl`, `{kl: 0.7}` or `{kl: {weight: 0.7, temperature: 4.0}}`, as a recipe has it."""
+        kept = {
+            name: value for name, value in fields(self).items() if getattr(self, name) != type(self).model_fields[name].default
+        }
+        if not kept:
+            return self.key
+        return {self.key: kept["weight"] if set(kept) == {"weight"} else kept}
+
+    def parts(self, lesson: Lesson) -> Parts:
+        raise NotImplementedError
+
+
+class Task(Term):
+    """The loss of the labels, without the teacher: cross-entropy, binary if labels are on or off, squared error of numbers."""
+
+    key = "task"
+    needs = "labels"
+
+    def parts(self, lesson: Lesson) -> Parts:
+        for problem in lesson.problems:
+            if problem.labels is None:
+                raise CompressionError(
+                    "distill: the model was given no labels (a loss function of the Trainer's own takes them away), so the "
+                    "task term can't mix in their loss; pass labels, or set alpha to 1 to learn from the teacher alone."
+                )
+            logits, labels = problem.logits[problem.known], problem.labels[problem.known]
+            if problem.kind == "classes":
+                yield losses.cross_entropy(logits, labels), problem.known
+            elif problem.kind == "labels":
+                yield losses.binary_cross_entropy(logits, labels), problem.known
+            else:
+                yield losses.mse(logits, labels.reshape(logits.shape)), problem.known
+
+
+class SoftTargets(Term):
+    """What terms on the teacher's answers share: a temperature, and which positions count."""
+
+    needs = "logits"
+
+    temperature: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Softens both distributions; distill's own if absent."
+    )
+    positions: Literal["labels", "all"] = Field(
+        "labels", description="Token tasks: the positions that have a label, or all that are not padding."
+    )
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def parts(self, lesson: Lesson) -> Parts:
+        temperature = self.temperature or lesson.temperature
+        for problem in lesson.problems:
+            rows = problem.rows(self.positions)
+            apart = self.divergence(*lesson.log_probs(problem, rows, temperature))
+            yield losses.scaled(apart.flatten(1).mean(dim=1) if apart.dim() > 1 else apart, temperature), rows
+
+
+class KL(SoftTargets):
+    __doc__ = losses.kl.__doc__
+    key, divergence = "kl", staticmethod(losses.kl)
+
+
+class SoftCrossEntropy(SoftTargets):
+    __doc__ = losses.soft_cross_entropy.__doc__
+    key, divergence = "soft_cross_entropy", staticmethod(losses.soft_cross_entropy)
+
+
+class ReverseKL(SoftTargets):
+    __doc__ = losses.reverse_kl.__doc__
+    key, divergence = "reverse_kl", staticmethod(losses.reverse_kl)
+
+
+class JensenShannon(SoftTargets):
+    __doc__ = losses.jensen_shannon.__doc__
+    key = "jensen_shannon"
+
+    beta: float = Field(0.5, gt=0, lt=1, description="The teacher's share in the mixture both are compared with.")
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return losses.jensen_shannon(student, teacher, self.beta)
+
+
+class SkewedKL(SoftTargets):
+    __doc__ = losses.skewed_kl.__doc__
+    key = "skewed_kl"
+
+    skew: float = Field(0.1, ge=0, lt=1, description="The teacher's share in what it is compared with.")
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return losses.skewed_kl(student, teacher, self.skew)
+
+
+class LogitsMSE(Term):
+    """Squared difference of the logits, mean over classes (Ba and Caruana 2014, arXiv 1312.6184). Zero in agreement; unlike
+    soft targets it also matches what all logits have in common. Fits numbers (regression) too."""
+
+    key = "logits_mse"
+    needs = "logits"
+
+    positions: Literal["labels", "all"] = Field("labels", description=SoftTargets.model_fields["positions"].description)
+
+    def parts(self, lesson: Lesson) -> Parts:
+        for problem in lesson.problems:
+            rows = problem.rows(self.positions)
+            student, teacher = lesson.logits(problem, rows)
+            possible = (student > losses.NEVER).sum(dim=-1)  # answers can't lie in the padding
+            yield losses.mse(student, teacher) * student.shape[-1] / possible, rows
+
+
+class Layers(Term):
+    """What terms on inner layers share: which of the student's layers learn from which of the teacher's."""
+
+    layers: Literal["last", "even"] | dict[int, int] = Field(
+        "last",
+        description="last: the last from the last; even: spread over the teacher's, the last included; "
+        "or student layer: teacher layer, counted from 0.",
+    )
+    stack: Literal["encoder", "decoder"] = Field("decoder", description="Of an encoder-decoder: which of its stacks.")
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, given: Any) -> Any:
+        if given == {}:
+            raise ValueError("no layers are named; write student layer: teacher layer, or even, or last")
+        return given
+
+    def pairs(self, student: int, teacher: int) -> list[tuple[int, int]]:
+        """(student's layer, teacher's layer) of stacks that have so many."""
+        if self.layers == "last":
+            return [(student - 1, teacher - 1)]
+        if self.layers == "even":
+            return [(layer, round((layer + 1) * teacher / student) - 1) for layer in range(student)]
+        for mine, theirs in self.layers.items():
+            if not (0 <= mine < student and 0 <= theirs < teacher):
+                raise CompressionError(
+                    f"distill: {self.key}: layers {mine}: {theirs}, but the student has layers 0 to {student - 1} and the "
+                    f"teacher 0 to {teacher - 1}; choose among these, or write layers: even."
+                )
+        return sorted(self.layers.items())
+
+    def states(self, output: Any, lesson: Lesson) -> tuple[Tensor, ...]:
+        """The tuple of hidden states or attention maps that an output holds."""
+        name = f"{self.stack}_{self.needs}" if lesson.is_encoder_decoder else self.needs
+        found = getattr(output, name, None)
+        if not found or found[0] is None:
+            raise CompressionError(
+                f"distill: {self.key} needs {name}, and the model returned none; "
+                f"take a term that does without, such as kl or relations."
+            )
+        return found
+
+
+class _Hidden(Layers):
+    needs = "hidden_states"
+
+    embeddings: bool = Field(False, description="Compare what the embeddings give to the first layer as well.")
+
+    def apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def parts(self, lesson: Lesson) -> Parts:
+        mine = self.states(lesson.student, lesson)
+        for number, teacher in enumerate(lesson.teachers):
+            theirs = self.states(teacher, lesson)
+            pairs = [(one + 1, other + 1) for one, other in self.pairs(len(mine) - 1, len(theirs) - 1)]
+            for one, other in [(0, 0), *pairs] if self.embeddings else pairs:
+                student, soft = mine[one], theirs[other]
+                if student.shape[:-1] != soft.shape[:-1] or student.dim() != 3:
+                    raise CompressionError(
+                        f"distill: {self.key}: hidden states have shape {tuple(student.shape)} in the student and "
+                        f"{tuple(soft.shape)} in the teacher, and only widths may differ; choose other layers or terms."
+                    )
+                rows = lesson.positions(self.stack, student.shape[1])  # fewer from layer to layer in a pyramid
+                fitted = lesson.project(f"{self.key}.{number}.{one}.{other}", student[rows], soft.shape[-1])
+                yield self.apart(fitted, soft[rows]), rows
+
+
+class HiddenMSE(_Hidden):
+    """Squared difference of hidden states, mean over features, through a learned projection where widths differ (Jiao et al.
+    2019, TinyBERT, arXiv 1909.10351, equations 8 and 9). Zero in agreement."""
+
+    key = "hidden_mse"
+
+    def apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return losses.mse(student, teacher)
+
+
+class HiddenCosine(_Hidden):
+    """1 - cosine of hidden states, through a learned projection where widths differ (Sanh et al. 2019, DistilBERT, arXiv
+    1910.01108, section 3). Zero where both point the same way."""
+
+    key = "hidden_cosine"
+
+    def apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return losses.cosine(student, teacher)
+
+
+class _Maps(Layers):
+    needs = "attentions"
+
+    def apart(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def parts(self, lesson: Lesson) -> Parts:
+        mine = self.states(lesson.student, lesson)
+        for teacher in lesson.teachers:
+            theirs = self.states(teacher, lesson)
+            for one, other in self.pairs(len(mine), len(theirs)):
+                if len(mine[one]) != len(lesson.weights):
+                    raise CompressionError(
+                        f"distill: {self.key}: {len(mine[one])} attention maps for {len(lesson.weights)} examples: this model "
+                        f"attends within windows; take terms on hidden states, such as hidden_mse."
+                    )
+                if mine[one].shape != theirs[other].shape:
+                    raise CompressionError(
+                        f"distill: {self.key}: attention maps have {mine[one].shape[1]} heads in the student's layer {one} and "
+                        f"{theirs[other].shape[1]} in the teacher's layer {other}; take relations, where heads may differ."
+                    )
+                rows = lesson.positions(self.stack, mine[one].shape[-2])
+                yield self.apart(mine[one], theirs[other], rows)[rows], rows
+
+
+class AttentionMSE(_Maps):
+    """Squared difference of attention maps, mean over heads and attended keys, for each query (after Jiao et al. 2019,
+    TinyBERT, arXiv 1909.10351, equation 7, who fit the scores before the softmax). Zero in agreement. Needs eager attention."""
+
+    key = "attention_mse"
+
+    def apart(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
+        squared = (student.float() - teacher.float()).square().sum(dim=-1).mean(dim=1)
+        return squared / keys.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+class AttentionKL(_Maps):
+    """KL of attention maps, mean over heads, for each query (Wang et al. 2020, MiniLM, arXiv 2002.10957, equation 6). Zero,
+    with zero gradient, in agreement. Needs eager attention."""
+
+    key = "attention_kl"
+
+    def apart(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
+        tiny = math.exp(-60.0)  # attended keys have more; masked ones are exactly 0
+        return losses.kl(student.float().clamp_min(tiny).log(), teacher.float().clamp_min(tiny).log()).mean(dim=1)
+
+
+class Relations(Layers):
+    """KL of how alike positions are to each other in their queries, keys and values, mean over relation heads and kinds (Wang
+    et al. 2020, MiniLMv2, arXiv 2012.15828). Zero, with zero gradient, in agreement. Widths and heads may differ; any attention
+    implementation will do."""
+
+    key = "relations"
+    needs = "relations"
+
+    heads: int | None = Field(
+        None, ge=1, description="Relation heads; the most that fit both widths, up to the teacher's attention heads, if absent."
+    )
+    of: tuple[Literal["query", "key", "value"], ...] = Field(
+        ("query", "key", "value"), min_length=1, description="Whose relations."
+    )
+
+    def parts(self, lesson: Lesson) -> Parts:
+        for seen in lesson.relations:
+            mine, theirs = seen.student, seen.teacher
+            for one, other in self.pairs(*seen.layers):
+                for kind in self.of:
+                    student, teacher = mine[one][kind], theirs[other][kind]
+                    heads = self._heads(student.shape[-1], teacher.shape[-1], seen.heads)
+                    rows = lesson.positions("encoder", student.shape[1])
+                    logs = [losses.relations(vectors, heads, rows) for vectors in (student, teacher)]
+                    yield losses.kl(*logs).mean(dim=1)[rows], rows
+
+    def _heads(self, student: int, teacher: int, attention: int) -> int:
+        heads = self.heads or math.gcd(student, teacher, attention)
+        if student % heads or teacher % heads:
+            raise CompressionError(
+                f"distill: relations: {heads} heads don't divide the widths {student} (student) and {teacher} (teacher); "
+                f"choose a divisor of {math.gcd(student, teacher)}."
+            )
+        return heads
+
+
+TERMS: dict[str, type[Term]] = {
+    term.key: term
+    for term in (
+        Task,
+        KL,
+        SoftCrossEntropy,
+        ReverseKL,
+        JensenShannon,
+        SkewedKL,
+        LogitsMSE,
+        HiddenMSE,
+        HiddenCosine,
+        AttentionMSE,
+        AttentionKL,
+        Relations,
+    )
+}
+"""The one table: a term's name in a recipe, and its class."""

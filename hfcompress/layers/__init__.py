@@ -1,0 +1,41 @@
+"""The one table of layer kinds: a line a kind. Whoever only loads a compressed model needs this folder and `checkpoint`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hfcompress.layers.base import DTYPES, Kind, features
+from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit
+from hfcompress.layers.dense import DenseConv1D, DenseEmbedding, DenseLinear
+from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
+
+KINDS: dict[str, type[Kind]] = {
+    "linear": DenseLinear,
+    "conv1d": DenseConv1D,
+    "embedding": DenseEmbedding,
+    "low_rank_linear": LowRankLinear,
+    "low_rank_embedding": LowRankEmbedding,
+    "linear_4bit": Linear4bit,
+    "linear_8bit": Linear8bit,
+}
+_KIND_BY_TYPE = {kind.type_name: name for name, kind in KINDS.items()}
+
+__all__ = ["DTYPES", "KINDS", "Kind", "features", "holds_codes", "kind_of", "stands_in"]
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind's name, or None: subclasses of Linear that other libraries made are not ours to describe."""
+    ours = type(module).__module__.partition(".")[0] in ("torch", "transformers", "bitsandbytes", "hfcompress")
+    return _KIND_BY_TYPE.get(type(module).__name__) if ours else None  # PEFT has a Linear and a Linear4bit of its own
+
+
+def holds_codes(module: nn.Module) -> bool:
+    """Whether a layer holds its weight as codes of few bits."""
+    kind = kind_of(module)
+    return kind is not None and KINDS[kind].holds_codes
+
+
+def stands_in(module: nn.Module) -> bool:
+    """Whether a layer is another one than the architecture has there: factors, codes."""
+    kind = kind_of(module)
+    return kind is not None and KINDS[kind].stands_in

@@ -1,0 +1,93 @@
+"""What every kind of layer tells of itself: its fields in plain JSON values, and an empty layer built again from them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.checkpoint.errors import shown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Kind:
+    """One kind of layer, named in the table `KINDS`. The class of a layer of ours is its own kind; a layer of torch's,
+    transformers' or bitsandbytes' has one beside it. All are asked alike: `KINDS["linear_4bit"].fields(layer)`.
+    """
+
+    type_name: ClassVar[str]
+    """Of the class of its layers."""
+    names: ClassVar[tuple[str, ...]]
+    """The keys of `fields`, all of them required."""
+    sizes: ClassVar[tuple[str, str]] = ("in_features", "out_features")
+    """Those among `names` that are bounded by the dense layer's."""
+    replaces: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    """The kinds that it may stand in for."""
+    holds_codes: ClassVar[bool] = False
+    """Whether the weight is stored as codes of few bits, which can be neither trained nor cut."""
+    stands_in: ClassVar[bool] = True
+    """Whether it is another layer than the architecture's own."""
+
+    def fields(self: Any) -> dict[str, Any]:
+        """The layer in plain JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, **fields: Any) -> nn.Module:
+        """An empty layer of these fields, on whatever device torch is set to."""
+        raise NotImplementedError
+
+    @classmethod
+    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+        """Whether a field that is no size may have this value, which comes from a file and is not trusted."""
+        return key == "bias" and type(value) is bool
+
+    @classmethod
+    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
+        """What is wrong with fields that a checkpoint names; None if nothing is. `limits`: of each size, and of `rank`."""
+        for key, value in fields.items():
+            if key not in cls.names:
+                return f"{shown(key)} is not allowed: {cls.type_name} has {', '.join(cls.names)}"
+            if key in limits:
+                if type(value) is not int or not 0 < value <= limits[key]:
+                    return f"{key} = {shown(value)} is not an integer from 1 to {limits[key]}"
+            elif not cls.allows(key, value, limits):
+                return f"{key} = {shown(value)} is not allowed"
+        missing = sorted(set(cls.names) - set(fields))
+        return f"{', '.join(missing)} missing" if missing else None
+
+    def dequantised(self: Any) -> Tensor:
+        """The dense weight it computes with: (out, in), or (rows, columns) of a table."""
+        raise NotImplementedError
+
+    def export_form(self: Any) -> nn.Module:
+        """A module of plain operators that computes the same, for exporters."""
+        return self
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of anything that maps features: Linear, Conv1D (whose weight is (in, out)) or a stand-in; (rows, columns) of a
+    table."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if hasattr(module, "num_embeddings"):
+        return module.num_embeddings, module.embedding_dim  # type: ignore[return-value]
+    return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def dense_fields(module: Any) -> dict[str, Any]:
+    """The fields that every linear kind has."""
+    into, out = features(module)
+    return {"in_features": into, "out_features": out, "bias": getattr(module, "bias", None) is not None}
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear of this weight (out, in), which shares its memory."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer

@@ -1,0 +1,124 @@
+"""The report as a picture: what the score costs in megabytes and in milliseconds."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfcompress.checkpoint.errors import CompressionError
+
+if TYPE_CHECKING:
+    from hfcompress.results.report import Report
+
+TRAIL, REFERENCE, STEP, LAST = "#9aa5b1", "#d1495b", "#2e6f95", "#2a9d5c"
+
+
+def plot(report: Report, path: str | Path) -> None:
+    """Write a PNG: the headline score against megabytes, and against the least time of the largest batch.
+
+    Points carry the numbers of their rows, a legend below lists the steps.
+    Raises CompressionError without matplotlib or rows.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CompressionError("plot: matplotlib is not installed; install hfcompress[plots].") from error
+    if not report.rows:
+        raise CompressionError("plot: the report has no rows; measure a model and add its row first.")
+    last = report.rows[-1]
+    batch = next(reversed(last.latency_ms))
+    figure = Figure(figsize=(11, 4.6 + 0.2 * ((len(report.rows) + 1) // 2)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it holds every figure in a global list
+    panels = figure.subplots(1, 2, sharey=True)
+    across: list[tuple[str, list[Any]]] = [
+        ("weights on disk, megabytes", [row.megabytes for row in report.rows]),
+        (
+            f"latency at batch {batch[1:]}, least of several runs, milliseconds",
+            [row.latency_ms.get(batch, {}).get("min") for row in report.rows],
+        ),
+    ]
+    points = [_panel(axes, report, label, values) for axes, (label, values) in zip(panels, across, strict=True)]
+    panels[0].set_ylabel(f"{last.headline} ({'higher' if last.higher_is_better else 'lower'} is better)")
+    _legend(figure, report)
+    figure.draw_without_rendering()  # the layout must be settled before free places for numbers can be told
+    for axes, found in zip(panels, points, strict=True):
+        _number(axes, found)
+    figure.savefig(path, format="png")
+
+
+def _panel(axes: Any, report: Report, label: str, values: list[float | None]) -> list[tuple[int, float, float]]:
+    """Draw the steps in order and return (row number from 1, x, y) of those whose both figures are known."""
+    scores = [row.score.get(report.rows[-1].headline) for row in report.rows]
+    points = [
+        (number, x, y)
+        for number, (x, y) in enumerate(zip(values, scores, strict=True), start=1)
+        if x is not None and y is not None
+    ]
+    axes.plot([x for _, x, _ in points], [y for _, _, y in points], color=TRAIL, linewidth=1.2, zorder=1)
+    for number, x, y in points:
+        axes.scatter(x, y, s=60, zorder=3, **_look(report, number - 1))
+    axes.set_xlabel(label)
+    axes.set_xlim(left=0, right=1.08 * max([x for _, x, _ in points], default=1))
+    axes.margins(y=0.12)
+    axes.grid(True, color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return points
+
+
+def _number(axes: Any, points: list[tuple[int, float, float]]) -> None:
+    """Write each row's number near its point, where it hides neither points nor numbers nor, if possible, the trail."""
+    scale = axes.figure.dpi / 72
+    dots = [axes.transData.transform((x, y)) / scale for _, x, y in points]
+    trail = [a + (b - a) * part / 30 for a, b in pairwise(dots) for part in range(31)]
+    bottom, top = (axes.bbox.y0 / scale, axes.bbox.y1 / scale)
+    taken: list[tuple[float, float]] = []
+
+    def cost(place: tuple[float, float], radius: float) -> float:
+        def crowding(others: list[Any], clearance: float) -> float:
+            return sum(max(0.0, clearance - math.dist(place, other)) for other in others)
+
+        outside = max(0.0, bottom + 7 - place[1], place[1] - top + 7)
+        return 10 * crowding(dots, 11) + 10 * crowding(taken, 14) + crowding(trail, 7) + 10 * outside + radius / 2
+
+    for (number, x, y), dot in zip(points, dots, strict=True):
+        offsets = [
+            (radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle)), radius)
+            for radius in (13, 20, 28)
+            for angle in (90, 45, 135, 0, 180, 315, 225, 270)
+        ]
+        right, up, radius = min(offsets, key=lambda o: cost((dot[0] + o[0], dot[1] + o[1]), o[2]))
+        taken.append((dot[0] + right, dot[1] + up))
+        axes.annotate(
+            str(number),
+            (x, y),
+            xytext=(right, up),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=10,
+            fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": TRAIL, "shrinkA": 5, "shrinkB": 4} if radius > 13 else None,
+            zorder=4,
+        ).set_in_layout(False)
+
+
+def _look(report: Report, index: int) -> dict[str, str]:
+    if index == report.reference % len(report.rows):
+        return {"color": REFERENCE, "marker": "D"}
+    return {"color": LAST if index == len(report.rows) - 1 else STEP, "marker": "o"}
+
+
+def _legend(figure: Any, report: Report) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for index, row in enumerate(report.rows):
+        step = row.step if len(row.step) <= 64 else row.step[:63] + "…"
+        note = " (reference)" if index == report.reference % len(report.rows) else ""
+        look: dict[str, Any] = _look(report, index)
+        handles.append(Line2D([], [], linestyle="none", markersize=7, label=f"{index + 1}  {step}{note}", **look))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)

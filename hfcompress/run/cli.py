@@ -1,0 +1,259 @@
+"""The command line: run, list, copy, validate, schema, show, eval, compare, push."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hfcompress.checkpoint.errors import CompressionError
+
+app = typer.Typer(
+    help="Make Hugging Face Transformers smaller and faster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(highlight=False)
+
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (hfcompress list) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value by path: model=me/my-bert steps.1.train.epochs=2", show_default=False)
+]
+Folder = Annotated[str, typer.Argument(help="A folder made by hfcompress, or any model folder or Hub id.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option("--task", help="The task as YAML: '{name: text-classification, dataset: glue/sst2}'; its recipe's if absent."),
+]
+
+
+def main() -> None:
+    """The entry point: a CompressionError is a sentence, not a traceback."""
+    try:
+        app()
+    except (CompressionError, OSError) as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error[/red] {escape(str(error))}")
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in output_dir.")] = False,
+    control: Annotated[bool, typer.Option("--control", help="Also train without the teacher, and compare.")] = False,
+) -> None:
+    """Run a recipe, and leave a proven artifact."""
+    _no_library_bars()
+    from hfcompress.calibration.processes import processes
+    from hfcompress.run.loop import compress
+    from hfcompress.run.recipe import Recipe, find_recipe
+
+    chosen = Recipe.load(recipe, [*(overrides or []), *(["control=true"] if control else [])])
+    out = Path(chosen.output_dir or Path("out") / find_recipe(recipe).stem)
+    is_main = processes().is_main_process
+    report = compress(chosen, out, overwrite=overwrite, tell=_tell if is_main else lambda line: None)
+    if is_main:
+        console.print(report.table())
+        _summary(out, report, chosen)
+
+
+def _no_library_bars() -> None:
+    """transformers' own progress bars can only be turned off by a call; ours stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _tell(line: str) -> None:
+    console.print(f"[bold cyan]›[/bold cyan] {escape(line)}")
+
+
+def _summary(out: Path, report: Any, recipe: Any) -> None:
+    for missed in report.check_goal(recipe.goal.model_dump(exclude_none=True) if recipe.goal else None):
+        console.print(f"[yellow]goal missed[/yellow] {escape(missed)}")
+    from hfcompress.results.load_snippet import load_code
+
+    console.print(f"\nEverything lies in [bold]{escape(str(out))}[/bold]: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    console.print("Load it with:\n")
+    console.print(load_code(out, str(out))[0], markup=False)
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """The recipes that ship with hfcompress, and what each buys."""
+    from hfcompress.run.recipe import shipped_recipes
+
+    table = Table("recipe", "what it does", "buys", box=None)
+    for name, path in shipped_recipes().items():
+        head = [
+            line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+        ]
+        buys = next((line.partition(":")[2].strip() for line in head if line.startswith("Buys:")), "")
+        table.add_row(f"[bold]{name}[/bold]", head[0], buys)
+    console.print(table)
+
+
+@app.command()
+def copy(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(help="Where to put it.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    from hfcompress.run.recipe import find_recipe
+
+    source = find_recipe(recipe)
+    file = file / source.name if file.is_dir() else file
+    if file.exists() and not overwrite:
+        raise CompressionError(f"copy: {str(file)!r} exists; choose another name, or pass --overwrite.")
+    shutil.copyfile(source, file)
+    console.print(f"copied {recipe} to {file}; run it with: hfcompress run {file}", markup=False)
+
+
+@app.command()
+def validate(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Check a recipe whole, without running anything."""
+    from hfcompress.run.recipe import Recipe
+
+    chosen = Recipe.load(recipe, overrides or [])
+    console.print(f"valid: {len(chosen.steps)} steps: {', '.join(step.key() for step in chosen.steps)}", markup=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from hfcompress.run.schema import schema as recipe_schema
+
+    sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+
+
+@app.command()
+def show(folder: Folder) -> None:
+    """Print what was changed, layer by layer, and the table."""
+    from hfcompress.results.report import Report
+
+    path = _folder(folder)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    told = config.get("quantization_config") or {}
+    console.print(f"{', '.join(config.get('architectures') or ['?'])}, {config.get('model_type')}", markup=False)
+    if told.get("quant_method") == "hfcompress":
+        table = Table("module", "what it is now", box=None)
+        for name, edit in told["modules"].items():
+            table.add_row(escape(name), escape(", ".join(str(v) if k == "kind" else f"{k} {v}" for k, v in edit.items())))
+        console.print(table)
+    elif told:
+        console.print(f"quantised with {told.get('quant_method')}; loads without hfcompress", markup=False)
+    else:
+        console.print("a plain transformers model: its own config tells everything; loads without hfcompress")
+    if (path / "adapter").is_dir():
+        console.print("a LoRA adapter lies in adapter/")
+    if (path / "report.json").is_file():
+        console.print(Report.load(path / "report.json").table())
+
+
+@app.command("eval")
+def evaluate_model(folder: Folder, task: TaskOption = None) -> None:
+    """Measure any model folder: parameters, megabytes, latency, memory, score."""
+    _no_library_bars()
+    from hfcompress.checkpoint.artifact import load
+    from hfcompress.results.report import Report, measure
+
+    chosen = _task_of(folder, task)
+    chosen.open(folder)
+    report = Report()
+    report.add(measure(load(chosen, folder), chosen, folder))
+    console.print(report.table())
+
+
+@app.command()
+def compare(a: Folder, b: Folder, task: TaskOption = None) -> None:
+    """Measure two models interleaved, and say where the difference is not significant."""
+    _no_library_bars()
+    from hfcompress.checkpoint.artifact import load
+    from hfcompress.results.compare import compare as compare_models
+
+    chosen = _task_of(b, task, a)
+    other = chosen.open(a)
+    if not chosen.reads_as(b):  # prune_vocab left tokens out
+        if chosen.headline == "agreement":
+            raise CompressionError(
+                f"compare: {b} has another tokenizer than {a}, so answers can't be compared one by one; give --task metrics "
+                f"that need labels, or measure each with hfcompress eval."
+            )
+        other = _task_of(b, task, a).open(b)
+    console.print(compare_models(load(chosen, a), load(other, b), chosen, names=(a, b), task_b=other).table())
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder made by hfcompress.")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Push an artifact to the Hub."""
+    from hfcompress.results.hub import push as push_folder
+
+    console.print(push_folder(_folder(str(folder)), repo_id, private=private), markup=False)
+
+
+def _folder(folder: str) -> Path:
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise CompressionError(
+            f"{folder!r}: no model lies there (no config.json); give a folder that hfcompress run has written."
+        )
+    return path
+
+
+def _task_of(*folders_and_task: str | None) -> Any:
+    """The task that was given, else the one in the recipe of the first folder that has one."""
+    from hfcompress.run.recipe import Recipe, task_from
+    from hfcompress.run.safe_yaml import read_yaml
+
+    first, given, *others = folders_and_task
+    if given is not None:
+        return task_from(read_yaml(given, "--task"))
+    for folder in (first, *others):
+        told = Path(str(folder)) / "recipe.yaml"
+        if told.is_file():
+            return Recipe.load(str(told)).task
+    raise CompressionError(
+        f"{first}: no recipe.yaml lies there to take the task from; "
+        f"say it: --task '{{name: text-classification, dataset: ...}}'."
+    )
+
+
+@app.callback()
+def quiet() -> None:
+    """A run's console shows progress, not library noise: told by variables and log levels, without imports."""
+    for variable, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "accelerate", "peft", "httpx", "httpx2", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ours = logging.getLogger("hfcompress")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("  %(message)s"))
+    ours.handlers = [handler]
+
+
+if __name__ == "__main__":
+    main()

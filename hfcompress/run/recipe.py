@@ -1,0 +1,278 @@
+"""Recipes: YAML to frozen objects and back without loss, strict both ways, all mistakes at once."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
+
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.fields import Fields
+from hfcompress.methods import METHODS, Method, Step
+from hfcompress.methods.riding import check_together
+from hfcompress.run.overrides import apply_override
+from hfcompress.run.safe_yaml import read_yaml
+from hfcompress.run.train import Train
+from hfcompress.tasks import TASKS, Task
+
+STEPS: dict[str, type[Step]] = {Train.key(): Train, **METHODS}
+
+
+class Goal(Fields):
+    """What the result must reach, against the model before its first compressing step."""
+
+    max_drop: float | None = Field(None, ge=0, description="Most the score may fall: 0.01 is one point of accuracy.")
+    smaller: float | None = Field(None, gt=0, description="Times smaller on disk.")
+    faster: float | None = Field(None, gt=0, description="Times faster, at batch 1 and at batch 8.")
+
+
+class Recipe(Fields):
+    """A model, a task and a list of steps."""
+
+    model: str = Field(min_length=1, description="A Hub id, a folder, a .gguf file, or package://NAME/path.")
+    task: SerializeAsAny[InstanceOf[Task]]
+    steps: tuple[SerializeAsAny[InstanceOf[Step]], ...] = Field(min_length=1)
+    goal: Goal | None = None
+    seed: int = Field(42, ge=0, description="Of data order and dropout, where a train step has no seed of its own.")
+    output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
+    push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")
+    control: bool = Field(False, description="Also train without the teacher, so that the report tells whether it helped.")
+    private: bool = Field(False, description="Whether a repository made by push_to is private.")
+
+    @property
+    def reference(self) -> int:
+        """The row everything is compared with: the model before its first compressing step."""
+        for number, step in enumerate(self.steps):
+            if not isinstance(step, Train) or step.riders:
+                return number
+        return 0
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Every method, those that ride along with training included."""
+        each = (step.riders if isinstance(step, Train) else (step,) for step in self.steps)
+        return tuple(one for several in each for one in several if isinstance(one, Method))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without what is at its default. `Recipe.from_dict(recipe.to_dict()) == recipe`."""
+        plain = self.model_dump(mode="json", exclude_defaults=True, exclude={"task", "steps"})
+        task = self.task.model_dump(mode="json", exclude_defaults=True)  # its name stays
+        head = {"model": plain.pop("model"), "task": task, "steps": [_step_to_plain(step) for step in self.steps]}
+        return {**head, **plain}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "recipe") -> Recipe:
+        """CompressionError with all mistakes, a line each."""
+        if not isinstance(raw, dict):
+            raise CompressionError(f"{where}: a recipe is a mapping with model, task and steps, not {type(raw).__name__}.")
+        mistakes: list[str] = []
+        raw = dict(raw)
+        if isinstance(raw.get("steps"), list):
+            raw["steps"] = tuple(
+                _read_step(step, f"steps.{number}", STEPS, mistakes) for number, step in enumerate(raw["steps"])
+            )
+            mistakes += _order_mistakes(raw["steps"])
+            if raw.get("control") is True and not any(isinstance(s, Train) and s.without_teacher for s in raw["steps"]):
+                mistakes.append("control: no train step has a teacher to do without; add distill under with, or omit control.")
+        if isinstance(raw.get("task"), dict):
+            raw["task"] = _read_task(raw["task"], mistakes)
+            mistakes += _label_mistakes(raw["task"], raw.get("steps"))
+        raw = (
+            {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
+        )
+        try:
+            recipe = cls(**raw)
+        except ValidationError as error:
+            told = {line.partition(":")[0].partition(".")[0] for line in mistakes}
+            mistakes += [m for m in _sentences(error, "", cls) if m.partition(":")[0] not in told]
+        if mistakes:
+            raise CompressionError("\n".join(f"{where}: {mistake}" for mistake in mistakes))
+        return recipe
+
+    @classmethod
+    def load(cls, name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+        """A YAML file, or a recipe that ships with hfcompress by its name; `overrides` as `steps.1.train.epochs=2`."""
+        path = find_recipe(name_or_path)
+        raw = read_yaml(path.read_bytes(), str(path))
+        for override in overrides:
+            apply_override(raw, override, cls.model_fields)
+        return cls.from_dict(raw, path.name)
+
+
+def task_from(raw: Any) -> Task:
+    """A task from plain data; CompressionError with all mistakes."""
+    mistakes: list[str] = []
+    task = _read_task(raw if isinstance(raw, dict) else {"name": raw}, mistakes)
+    if task is None:
+        raise CompressionError("\n".join(mistakes))
+    return task
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    inside = Path(str(resources.files("hfcompress"))) / "recipes"
+    folder = inside if inside.is_dir() else inside.parent.parent / "recipes"  # a checkout keeps them beside the package
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str) -> Path:
+    shipped = shipped_recipes()
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    raise CompressionError(
+        f"recipe {name_or_path!r}: there is no such file and no shipped recipe of that name." + did_you_mean(path.stem, shipped)
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Task) or (isinstance(value, tuple) and all(isinstance(step, Step) for step in value))
+
+
+def _read_step(raw: Any, where: str, table: dict[str, Any], mistakes: list[str]) -> Step | None:
+    """`{prune_heads: {ratio: 0.3}}` or `cast` as its object; mistakes are noted, and None returned."""
+    if isinstance(raw, str):
+        raw = {raw: {}}
+    if not isinstance(raw, dict) or len(raw) != 1:
+        mistakes.append(f"{where}: a step is one name with its fields, as in `- prune_heads: {{ratio: 0.3}}`, not {raw!r}.")
+        return None
+    ((key, fields),) = raw.items()
+    if key not in table:
+        mistakes.append(f"{where}: unknown method {key!r}.{did_you_mean(str(key), table)}")
+        return None
+    fields = {} if fields is None else fields
+    if not isinstance(fields, dict):
+        mistakes.append(f"{where}.{key}: its fields must be a mapping, as in {{ratio: 0.3}}, not {fields!r}.")
+        return None
+    fields, before = dict(fields), len(mistakes)
+    if key == Train.key() and "with" in fields:
+        riders = fields["with"] if isinstance(fields["with"], list) else [fields["with"]]
+        fields["with"] = tuple(
+            _read_step(rider, f"{where}.{key}.with.{number}", METHODS, mistakes) for number, rider in enumerate(riders)
+        )
+    if len(mistakes) > before:
+        fields.pop("with")
+    step = _validated(table[key], fields, f"{where}.{key}", mistakes)
+    return step if len(mistakes) == before else None
+
+
+def _read_task(raw: dict[str, Any], mistakes: list[str]) -> Task | None:
+    name = raw.get("name")
+    if name not in TASKS:
+        mistakes.append(f"task: unknown task name {name!r}.{did_you_mean(str(name), TASKS)}")
+        return None
+    return _validated(TASKS[name], {key: value for key, value in raw.items() if key != "name"}, "task", mistakes)
+
+
+def _validated(cls: Any, fields: dict[str, Any], where: str, mistakes: list[str]) -> Any:
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        mistakes += _sentences(error, where, cls)
+        return None
+
+
+def _sentences(error: ValidationError, where: str, cls: Any) -> list[str]:
+    """One sentence a mistake: where, what was written, what is possible."""
+    lines = []
+    for one in error.errors():
+        place = ".".join(str(part) for part in (where, *one["loc"]) if part != "")
+        if one["type"] == "extra_forbidden":
+            owner = Goal if "goal" in one["loc"][:-1] else cls
+            possible = [field.alias or name for name, field in owner.model_fields.items()]
+            key = str(one["loc"][-1])
+            lines.append(
+                f"{place.removesuffix(key).rstrip('.') or 'recipe'}: unknown key {key!r}.{did_you_mean(key, possible)}"
+            )
+        elif one["type"] == "missing":
+            lines.append(f"{place}: this key is missing; {_help(cls, one['loc'])}")
+        else:
+            message = one["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(one["input"], dict) else f" = {one['input']!r}"
+            lines.append(f"{place}{given}: {message[0].lower() + message[1:]}{'' if message[-1] in '.?' else '.'}")
+    return lines
+
+
+def _help(cls: Any, loc: tuple[Any, ...]) -> str:
+    field = cls.model_fields.get(str(loc[-1]))
+    return f"it is {field.description or 'required'}" if field else "add it."
+
+
+def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
+    """What no order of data can mend: training or cutting codes, riders without a train."""
+    mistakes, quantised, adapted, coder = [], None, None, ""
+    for number, step in enumerate(steps):
+        riders = step.riders if isinstance(step, Train) else ()
+        if isinstance(step, Method) and step.needs_training:
+            mistakes.append(
+                f"steps.{number}: {step.key()} does nothing without training; list it under `with:` of a train step."
+            )
+        riders = tuple(rider for rider in riders if rider is not None)
+        both = (step, *riders) if isinstance(step, Method) else riders
+        try:
+            check_together(riders)
+        except CompressionError as error:
+            mistakes.append(f"steps.{number}: {error}")
+        if adapted is not None and any(method.edits - {"dtype", "loss"} for method in both):
+            mistakes.append(
+                f"steps.{number}: the adapter of steps.{adapted} is kept, and only cast may follow it; set merge: true there."
+            )
+        if isinstance(step, Train) and (step.model_extra or {}).get("load_best_model_at_end") and any(r.fades for r in riders):
+            mistakes.append(f"steps.{number}: load_best_model_at_end would bring back units that have faded out; take it out.")
+        if any(rider.keeps_adapter for rider in riders):
+            adapted = number
+        if quantised is not None and step is not None:
+            if isinstance(step, Train) and not any("adapter" in rider.edits for rider in riders):
+                mistakes.append(
+                    f"steps.{number}: train comes after {coder} (steps.{quantised}), and codes can't be trained; "
+                    f"train first, or add adapters under with."
+                )
+            elif isinstance(step, Method) and step.needs_dense:
+                mistakes.append(
+                    f"steps.{number}: {step.key()} comes after {coder} (steps.{quantised}), and codes can't be cut; "
+                    f"list it before {coder}."
+                )
+        if quantised is None and (coders := [method.key() for method in both if "codes" in method.edits]):
+            quantised, coder = number, coders[0]
+    return mistakes
+
+
+def _label_mistakes(task: Task | None, steps: Any) -> list[str]:
+    """What needs labels, where the data has none."""
+    if getattr(task, "labelled", True) or not isinstance(steps, tuple):
+        return []
+    mistakes = []
+    for number, step in enumerate(steps):
+        riders = step.riders if isinstance(step, Train) else ()
+        if isinstance(step, Train) and not any(rider.replaces_loss for rider in riders):
+            mistakes.append(
+                f"steps.{number}: train has no labels to learn from, as task.labelled is false; learn from a teacher:"
+                " with: [{distill: {alpha: 1}}]."
+            )
+        if learner := next((rider.key() for rider in riders if rider.learns_labels), None):
+            mistakes.append(
+                f"steps.{number}: {learner} also learns from labels, and task.labelled is false; set alpha: 1, or leave the "
+                "term task out."
+            )
+        for one in (step, *riders):
+            if isinstance(one, Method) and one.wants_labels:
+                mistakes.append(
+                    f"steps.{number}: scores: {one.scores} of {one.key()} needs labels, and task.labelled is false;"  # type: ignore[attr-defined]
+                    " choose scores: activation or magnitude."
+                )
+    return mistakes
+
+
+def _step_to_plain(step: Step) -> Any:
+    fields = step.model_dump(mode="json", exclude_defaults=True, exclude={"riders"})
+    if isinstance(step, Train) and step.riders:
+        fields["with"] = [_step_to_plain(rider) for rider in step.riders]
+    return {step.key(): fields} if fields else step.key()

@@ -1,0 +1,103 @@
+"""Target modules, as PEFT reads them: which layers a method may touch, and which of them may become codes."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.layers import kind_of
+from hfcompress.layers.bitsandbytes import codes_fit
+
+
+def codable(model: Any, bits: int = 8) -> list[str]:
+    """Names of the body's dense layers that may become codes of so many bits."""
+    # What transformers keeps in float32, or casts an input to the dtype of, must not become codes: T5 does both with `wo`.
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    dense = [part for attribute in kept for part in getattr(model, attribute, None) or ()]
+    renames = get_model_conversion_mapping(model, add_legacy=False)
+    return [
+        name
+        for name in body_linears(model)
+        if codes_fit(model.get_submodule(name), bits)
+        and not any(f".{part}." in f".{name}." for part in dense)
+        and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
+        # The scales of codes are found by the name of their weight, which a load must leave as it is and not find twice.
+        and not any(part.endswith("weight") for part in name.split("."))
+        and all(one.rename_source_key(key)[0] == key for key in (f"{name}.weight", f"{name}.SCB") for one in renames)
+    ]
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """Every module on the way to one, with the attribute under which the way goes on."""
+    parts = name.split(".")
+    yield from ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
+
+
+def matching(model: nn.Module, targets: list[str], possible: list[str], where: str) -> list[str]:
+    """The names among `possible` that end with one of the targets, as PEFT's `target_modules` do; each must match."""
+    for target in targets:
+        if not any(_matches(name, target) for name in possible):
+            leaves = {name.rpartition(".")[2] for name in possible}
+            raise CompressionError(
+                f"{where}: target_modules {target!r} matches no layer of {type(model).__name__}."
+                + did_you_mean(target.rpartition(".")[2], leaves)
+            )
+    return [name for name in possible if any(_matches(name, target) for target in targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def base_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """(the prefix of the base model's names, the base model): ("bert.", BertModel) of a classifier, ("", itself) of a base."""
+    prefix = getattr(model, "base_model_prefix", "")
+    inner = getattr(model, prefix, None) if prefix else None
+    return (f"{prefix}.", inner) if isinstance(inner, nn.Module) else ("", model)
+
+
+def body_linears(model: Any) -> list[str]:
+    """Names of every linear layer inside the base model that another layer may stand in for: what `target_modules: all-linear`
+    means, heads excepted.
+
+    Left out are layers that share a weight or stand in two places, as a stand-in would part them, and layers whose weight their
+    owner multiplies by itself, as it would find codes or nothing there.
+    """
+    prefix, base = base_of(model)
+    skip = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    places = collections.Counter(id(module) for _, module in base.named_modules(remove_duplicate=False))
+    holders = collections.Counter(
+        id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), Tensor)
+    )
+    return [
+        f"{prefix}{name}"
+        for name, module in base.named_modules()
+        if module is not skip
+        and kind_of(module) in ("linear", "conv1d")
+        and places[id(module)] == 1
+        and holders[id(module.weight)] == 1
+        and not reads_weight(base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+    ]
+
+
+def reads_weight(owner: nn.Module, leaf: str, even_dtype: bool = False) -> bool:
+    """Whether the code of a module's class reads `self.leaf.weight`, for more than its device or dtype; `even_dtype`: or its
+    dtype, or that of `self.leaf.parameters()`, as some cast to it."""
+    return leaf in _weights_read(cast(Any, type(owner)), even_dtype)
+
+
+@cache
+def _weights_read(owner: Any, even_dtype: bool) -> frozenset[str]:
+    reads = [r"self\.(\w+)\.weight\b(?!\.(?:device|dtype)\b)"]
+    if even_dtype:
+        reads = [r"self\.(\w+)\.weight\b(?!\.device\b)", r"next\(self\.(\w+)\.parameters\(\)\)"]
+    ours = [inspect.getsource(one) for one in owner.__mro__ if one.__module__.startswith("transformers.models.")]
+    return frozenset(leaf for source in ours for read in reads for leaf in re.findall(read, source))

@@ -1,0 +1,184 @@
+"""Opening checkpoints (a folder, a Hub id, a GGUF file, a package:// address), or saying in one sentence why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.tasks.data import resolve_address
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only, no progress bars; as before afterwards. A new head is no news: the task asked for it."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def locate(path: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` wants: a folder or Hub id and, for a GGUF file, its name as `gguf_file`."""
+    place = Path(resolve_address(str(path))).expanduser()
+    if place.is_dir():
+        if not (place / "config.json").is_file():
+            raise CompressionError(
+                f"model {str(path)!r}: the folder has no config.json, so it holds no model; name a folder that"
+                " save_pretrained wrote, a Hub id or a .gguf file."
+            )
+        return str(place), {}
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise CompressionError(f"model {str(path)!r}: it is a file, but no .gguf file; name the folder it lies in.")
+        return str(place.parent), {"gguf_file": place.name}
+    owner, _, rest = str(path).partition("/")
+    if place.suffix == ".gguf" and rest.count("/") == 1 and owner not in ("", ".", "..", "~"):
+        return f"{owner}/{rest.split('/')[0]}", {"gguf_file": place.name}
+    if owner in ("", ".", "..", "~") or "/" in rest or "\\" in str(path) or place.suffix == ".gguf":
+        raise CompressionError(f"model {str(path)!r}: there is no such file or folder; check the path.")
+    return str(path), {}
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The config of a checkpoint. Raises `CompressionError`."""
+    where, more = locate(path)
+    with _explained(path, "config"), quiet_transformers():
+        return AutoConfig.from_pretrained(where, **more)
+
+
+def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; it pads with the end-of-text token if it has no pad token."""
+    where, more = locate(path)
+    with _explained(path, "tokenizer"), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(where, **more, **kwargs)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CompressionError(f"model {str(path)!r}: its tokenizer has neither a pad nor an eos token; give it one.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_image_processor(path: str) -> Any:
+    """The image processor of a checkpoint; it works with Pillow where torchvision is not installed."""
+    where, more = locate(path)
+    if not find_spec("PIL"):
+        raise CompressionError("task: images can't be read for want of Pillow; get it with: pip install 'hfcompress[vision]'")
+    with _explained(path, "image processor"), quiet_transformers():
+        return AutoImageProcessor.from_pretrained(where, **more)
+
+
+def load_pretrained(
+    auto_class: Any, path: str, config: PreTrainedConfig, new_head: bool, seed: int, **kwargs: Any
+) -> PreTrainedModel:
+    """The model in eval mode; `config` is its `load_config`.
+
+    `new_head`: weights may be missing from the checkpoint, and `seed` decides what they are.
+    """
+    where, gguf = locate(path)
+    kind = auto_class.__name__.removeprefix("AutoModelFor")
+    # BERT has a causal head, but without is_decoder every token sees what it is to predict
+    sees_all = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if type(config) not in auto_class._model_mapping or (auto_class is AutoModelForCausalLM and sees_all):
+        raise CompressionError(
+            f"model {str(path)!r}: a {config.model_type} model has no head for {kind}; choose another model or task."
+        )
+    defaults: dict[str, Any] = {"dtype": "auto"}
+    if gguf:
+        defaults = {"dtype": torch.float32, **gguf, "quantization_config": GgufConfig(**gguf, dequantize=True)}
+    with _explained(path, "weights"), quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, told = auto_class.from_pretrained(where, output_loading_info=True, **{**defaults, **kwargs})
+    if not new_head and told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise CompressionError(
+            f"model {str(path)!r}: {len(missing)} of the weights {type(model).__name__} needs are not in the checkpoint"
+            f" (the first is {missing[0]}); choose a checkpoint trained for {kind}."
+        )
+    if gguf:
+        _forget_gguf(model)
+    return model.eval()
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """A dequantised model is a plain one: it can be saved and trained."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if name in vars(owner):
+            delattr(owner, name)
+    vars(model)["is_quantized"] = False
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """Tokens the model has positions for."""
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most <= 0:
+        return 10**9
+    # RoBERTa and its kin count positions from pad_token_id + 1
+    return most - (config.pad_token_id or 0) - 1 if "roberta" in config.model_type else most
+
+
+def has_head(config: PreTrainedConfig, kind: str = "SequenceClassification") -> bool:
+    """Whether the checkpoint was saved with a head of this kind."""
+    return any(f"For{kind}" in name for name in config.architectures or ())
+
+
+def fit_labels(names: tuple[str, ...], config: PreTrainedConfig) -> tuple[list[int], tuple[str, ...]] | None:
+    """For each of the data's labels its place in the head, and the names in the head's order; None if they don't fit.
+
+    Names are compared without case; where one side has no names (LABEL_0, LABEL_1, ...) the numbers count.
+    """
+    theirs = head_labels(config)
+    places = {name.casefold(): index for index, name in enumerate(theirs)}
+    if all(name.casefold() in places for name in names):
+        return [places[name.casefold()] for name in names], theirs
+    if _unnamed(names) and len(names) <= len(theirs):
+        return list(range(len(names))), theirs
+    if _unnamed(theirs) and len(names) == len(theirs):
+        return list(range(len(names))), names
+    return None
+
+
+def head_labels(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The names of the labels in the order of the logits."""
+    return tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
+
+
+def _unnamed(names: tuple[str, ...]) -> bool:
+    return names == tuple(f"LABEL_{index}" for index in range(len(names)))
+
+
+@contextmanager
+def _explained(path: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except CompressionError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub, safetensors, httpx: all have errors of their own here
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:")
+        if Path(resolve_address(str(path))).expanduser().exists():
+            hint = "mend or choose another checkpoint"
+        else:
+            hint = "it is no folder here, so the Hub was asked: check the name, log in if it is gated, or go online"
+        raise CompressionError(f"model {str(path)!r}: its {what} can't be loaded ({said}); {hint}.") from error
