@@ -10,34 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hfcompress.surgery.units.spans import Span, Units
-
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 
 
 @torch.no_grad()
-def lanes_read(module: Any, units: Units, span: Span, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """(rows, columns) that each lane of a stacked output projection multiplies in a forward of these arguments.
+def lanes_read(module: Any, leaf: str, axis: int, lanes: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """(rows, columns) that each lane of a stacked weight, `leaf`, multiplies in a forward of these arguments. `axis`: its
+    columns.
 
     Empty for a lane that no token is sent to, and for all of them where the forward does not multiply lane by lane. Hooks don't
     run. transformers' own implementation runs: the faster ones sort the tokens of all experts into one product.
     """
-    watch = _Watch(getattr(module, span.leaf), units.lanes)
+    watch = _Watch(getattr(module, leaf), lanes)
     with _eager(getattr(module, "config", None)), watch:
         module.forward(*args, **kwargs)
-    columns = span.length(units.count)
+    columns = watch.weight.shape[axis]
     return [torch.cat(rows) if rows else watch.weight.new_zeros(0, columns) for rows in watch.rows]
 
 
-def alive(module: nn.Module, units: Units, span: Span) -> Tensor:
+def alive(module: nn.Module, leaf: str, axis: int, lanes: int) -> Tensor:
     """(lanes, columns), 0 where gates silence a column and 1 elsewhere."""
     for hook in list(module._forward_pre_hooks.values()):
         if getattr(hook, "is_gate", False):
             hook(module, ())
-    weight = vars(module).pop(span.leaf, None)
+    weight = vars(module).pop(leaf, None)
     if weight is None:
-        return torch.ones(units.lanes, span.length(units.count))
-    return weight.movedim(span.axis, 1).flatten(2).any(-1).float()
+        return torch.ones(lanes, getattr(module, leaf).shape[axis])
+    return weight.movedim(axis, 1).flatten(2).any(-1).float()
 
 
 @contextmanager

@@ -1,67 +1,144 @@
-"""Forwards that stop in the middle, so that a model can be changed layer by layer with each layer run once."""
+"""The layer-by-layer walk: each projection with the second moments of what it reads in the model as it is by then.
+
+What is done to a projection, those after it feel. Hidden states between layers are kept, and a layer is run again on them:
+once for each of its projections, and once more to go on. So memory is that of one layer and its activations, over the weights
+and the hidden states, which may lie on the CPU; time is that of two or three forwards, however deep the model is.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 
-class _Unwind(BaseException):
-    """Raised where a run has stopped, to leave it."""
+from hfcompress.calibration.batches import MakeBatches, evaluating, given
+from hfcompress.calibration.replay import Replay, Route, WontReplay, routed
+from hfcompress.calibration.second_moments import Moments, Projection
+
+log = logging.getLogger(__name__)
+Then = Callable[[Projection, list[Moments]], None]
 
 
-class Paused:
-    """A run in a thread of its own that stops wherever it calls `pause`, and goes on when told to `step`.
+@torch.no_grad()
+def layerwise(
+    model: Any,
+    targets: Sequence[Projection],
+    batches: MakeBatches | None,
+    asked: str,
+    then: Then,
+    writes: bool = True,
+    past_gates: bool = False,
+    offload: bool = False,
+) -> None:
+    """Call `then` with every projection and the moments of each of its lanes, in the order of the model.
 
-    One thread at a time runs, this or the caller's, so nothing needs a lock and the order of everything is fixed. Generators
-    would do the same, but a hook deep inside a forward can't yield.
+    `writes`: `then` may change the projection, so that each is seen after those before it were changed; else all of a layer are
+    seen at once, which costs one forward in all. One that never runs comes last, with moments of no tokens. `past_gates`: see
+    what gates leave of what is read, not what comes to them. `offload`: keep the hidden states on the CPU.
+
+    A model whose layers can't be run one by one, as they share weights or pass more from one to another than their output, is
+    run whole for every projection instead; a line says so.
     """
-
-    def __init__(self, run: Callable[[Callable[[Any], None]], None]) -> None:
-        self._run = run
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._said: Any = None
-        self._error: BaseException | None = None
-        self._is_leaving = False
-        self.is_done = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def step(self) -> Any:
-        """Go on to the next pause, and tell what it says; None when the run is over. What the run raises is raised here."""
-        if self.is_done:
-            return None
-        self._said = None
-        self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._said
-
-    def leave(self) -> None:
-        """Unwind a run that nobody needs any more."""
-        self._is_leaving = True
-        while not self.is_done:
-            self._go.release()
-            self._stopped.acquire()
-        self._thread.join()
-
-    def _pause(self, said: Any) -> None:
-        self._said = said
-        self._stopped.release()
-        self._go.acquire()
-        if self._is_leaving:
-            raise _Unwind
-
-    def _work(self) -> None:
-        self._go.acquire()
+    walk = _Walk(model, targets, past_gates)
+    with evaluating(model):
+        data = list(given(batches, asked))
         try:
-            if not self._is_leaving:
-                self._run(self._pause)
-        except _Unwind:
-            pass
-        except BaseException as error:
-            self._error = error
-        self.is_done = True
-        self._stopped.release()
+            route = routed(model, [target.module for target in targets], data[0])
+        except WontReplay as why:
+            log.info("%s: %s is run whole for every projection, which takes longer: %s.", asked, type(model).__name__, why)
+            walk.by_forwards(data, then, writes)
+        else:
+            walk.by_layers(route, data, then, writes, offload)
+
+
+class _Seen(BaseException):
+    """Raised where a projection has been read as often as it will be, to leave the forward."""
+
+
+class _Walk:
+    def __init__(self, model: Any, targets: Sequence[Projection], past_gates: bool) -> None:
+        self.model, self.targets, self.past_gates = model, list(targets), past_gates
+
+    def by_layers(self, route: Route, data: list[dict[str, Tensor]], then: Then, writes: bool, offload: bool) -> None:
+        inside: dict[int, list[Projection]] = {}
+        for target in sorted(self.targets, key=lambda one: route.place(one.module)):
+            inside.setdefault(route.layer_of(target.module), []).append(target)
+        never = inside.pop(-1, [])
+        last = max(inside, default=-1)
+        kept: list[dict[int, Any]] = [{} for _ in data]
+        replay = Replay(self.model, route, offload)
+        for layer in range(last + 1):
+            mine = inside.get(layer, [])
+            for target in mine if writes else ():
+                runs = (partial(replay.run, batch, states, layer) for batch, states in zip(data, kept, strict=True))
+                found = self._read([target], zip(data, runs, strict=True), route.once(target.module))
+                then(target, found[target])
+            if layer == last and writes:
+                break
+            found = self._moments(mine)
+            for batch, states in zip(data, kept, strict=True):
+                with self._seeing({} if writes else found, batch):
+                    replay.advance(batch, states, layer)
+            for target in () if writes else mine:
+                then(target, found.pop(target))
+        for target in never:
+            then(target, self._moments([target])[target])
+
+    def by_forwards(self, data: list[dict[str, Tensor]], then: Then, writes: bool) -> None:
+        lean = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
+
+        def runs() -> Iterator[tuple[dict[str, Tensor], Callable[[], Any]]]:
+            yield from ((batch, lambda batch=batch: self.model(**batch, **lean)) for batch in data)
+
+        if not writes:
+            for target, moments in self._read(self.targets, runs(), 0).items():
+                then(target, moments)
+            return
+        times: Counter[str] = Counter()
+        with ExitStack() as stack:
+            for name in {target.module for target in self.targets}:
+                hook = self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: times.update([name]))
+                stack.callback(hook.remove)
+            self.model(**data[0], **lean)
+        order = {name: place for place, name in enumerate(times)}
+        for target in sorted(self.targets, key=lambda one: order.get(one.module, len(order))):
+            then(target, self._read([target], runs(), times[target.module])[target])
+
+    def _moments(self, targets: Iterable[Projection]) -> dict[Projection, list[Moments]]:
+        return {target: [Moments() for _ in range(target.lanes)] for target in targets}
+
+    def _read(
+        self, targets: list[Projection], runs: Iterable[tuple[dict[str, Tensor], Callable[[], Any]]], times: int
+    ) -> dict[Projection, list[Moments]]:
+        """The moments of these over all runs, each of which is left when a projection was read so often; 0: never."""
+        found = self._moments(targets)
+        for batch, run in runs:
+            with self._seeing(found, batch, times), suppress(_Seen):
+                run()
+        return found
+
+    @contextmanager
+    def _seeing(self, found: dict[Projection, list[Moments]], batch: dict[str, Tensor], times: int = 0) -> Iterator[None]:
+        seen: Counter[Projection] = Counter()
+
+        def see(target: Projection, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read = target.rows(self.model, batch, args, kwargs, self.past_gates)
+            for moments, rows in zip(found[target], read, strict=True):
+                moments.add(rows)
+            seen[target] += 1
+            if seen[target] == times:
+                raise _Seen
+
+        with ExitStack() as stack:
+            for target in found:
+                module, early = self.model.get_submodule(target.module), not self.past_gates or target.lanes > 1
+                hook = module.register_forward_pre_hook(partial(see, target), prepend=early, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield

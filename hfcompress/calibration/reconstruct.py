@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hfcompress.calibration.batches import MakeBatches, evaluating
+from hfcompress.calibration.layerwise import layerwise
 from hfcompress.calibration.processes import agreed
-from hfcompress.calibration.second_moments import DAMPING, Moments, Places, for_each_projection, lanes_of, unreadable
+from hfcompress.calibration.second_moments import DAMPING, Moments, Projection
 from hfcompress.surgery.units.spans import Span, Units, channel_axis
 from hfcompress.surgery.units.specimens.inputs import example
 
@@ -30,10 +33,12 @@ class Repaired:
 
 
 class Undo:
-    """Changes of tensors, kept on the CPU, so that they can be taken back, whatever training has added since."""
+    """Changes of tensors, so that they can be taken back, whatever training has added since. They are kept on disk: a copy of
+    what a weight was and one of what it became would be twice the weights."""
 
     def __init__(self) -> None:
-        self._changes: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._changed: list[Tensor] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="hfcompress-undo-")
 
     @contextmanager
     def noting(self, *tensors: Tensor | None) -> Iterator[None]:
@@ -42,13 +47,25 @@ class Undo:
         try:
             yield
         finally:
-            self._changes += [(one, old, one.detach().to("cpu", copy=True)) for one, old in zip(given, before, strict=True)]
+            for tensor, old in zip(given, before, strict=True):
+                save_file({"old": old.contiguous(), "new": tensor.detach().cpu().contiguous()}, self._file(len(self._changed)))
+                self._changed.append(tensor)
 
     def undo(self) -> None:
-        while self._changes:
-            tensor, old, new = self._changes.pop()
-            now = tensor.detach().cpu()
+        while self._changed:
+            tensor = self._changed.pop()
+            told, now = load_file(self._file(len(self._changed))), tensor.detach().cpu()
+            old, new = told["old"], told["new"]
             tensor.data.copy_(old if torch.equal(now, new) else now.float() - new.float() + old.float())
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing will be taken back any more."""
+        self._changed.clear()
+        self._folder.cleanup()
+
+    def _file(self, number: int) -> str:
+        return f"{self._folder.name}/{number}.safetensors"
 
 
 @torch.no_grad()
@@ -78,28 +95,30 @@ def repair(
     what earlier ones could not, fits the samples rather than the text.
     """
     undo = undo or Undo()
-    places: Places = {}
-    columns: dict[str, Tensor] = {}
+    places: dict[Projection, tuple[Span, Tensor]] = {}
     for units, keep in zip(all_units, kept, strict=True):
         for span in units.outputs:
-            why = unreadable(model, span)
+            projection = Projection.of(units, span)
+            why = projection.unreadable(model)
             if why:
                 _leave(span, why)
             elif keep.shape[-1] < units.count:
-                places[span.module] = units, span
-                columns[span.module] = span.index(keep, units.count).reshape(units.lanes, -1)
+                places[projection] = span, span.index(keep, units.count).reshape(units.lanes, -1)
     told: list[Repaired] = []
 
-    def solve(name: str, moments: list[Moments]) -> None:
-        units, span = places[name]
+    def solve(projection: Projection, moments: list[Moments]) -> None:
+        span, columns = places[projection]
         if not any(some.tokens for some in moments):
             _leave(span, "what it reads can't be seen, or is never asked for")
-        lanes = zip(lanes_of(model, units, span), columns[name], moments, strict=True)
-        with undo.noting(*_owned(model, span)):
-            told.extend(_solve(name, *lane, some, mine, damping) for lane, some, mine in lanes if mine.tokens)
+        lanes = zip(projection.weights(model), columns, moments, strict=True)
+        with undo.noting(*(owned := _owned(model, span))):
+            told.extend(_solve(span.module, *lane, some, mine, damping) for lane, some, mine in lanes if mine.tokens)
+            for tensor in owned:  # whatever tokens a process saw, all of them ask the first one here
+                if tensor is not None:
+                    tensor.data.copy_(agreed(tensor.data))
 
     if places:
-        for_each_projection(model, places, batches, "repair", solve)
+        layerwise(model, list(places), batches, "repair", solve)
     return told
 
 
@@ -116,12 +135,12 @@ def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments
     lost = weight[:, gone]
     power, before = _mean_square(weight, raw), _mean_square(lost, raw[gone][:, gone])
     zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
-    more = agreed(_divided(rz, zz, damping)).to(weight.device)
+    more = _divided(rz, zz, damping)
     after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
     lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
     lane[..., gone] = 0.0
     if bias is not None:
-        bias.data += agreed(lost @ moments.mean[gone] - more @ moments.mean[columns]).to(bias)
+        bias.data += (lost @ moments.mean[gone] - more @ moments.mean[columns]).to(bias)
     was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
     return Repaired(name, was, now, moments.tokens)
 
@@ -181,7 +200,7 @@ def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], und
         if not torch.allclose(rows, rows[:1], atol=1e-5, rtol=1e-3):  # kernels round the last few entries of a row otherwise
             folded[number].zero_()
             continue
-        ((bias, weight),) = lanes_of(model, all_units[number], span)
+        ((bias, weight),) = Projection.of(all_units[number], span).weights(model)
         index = folded[number].to(weight.device)
         with undo.noting(*_owned(model, span)):
             bias.data += (weight[..., index].flatten(0, -2).double() @ rows[0].double()).to(bias)
@@ -202,7 +221,7 @@ def _can_fold(model: nn.Module, units: Units) -> bool:
     """Every output has a bias, reads one position, and one entry a unit."""
     layers = [_reader(model, span) for span in units.outputs]
     return units.size == 1 and all(
-        getattr(layer, "bias", None) is not None and not unreadable(model, span)
+        getattr(layer, "bias", None) is not None and not Projection.of(units, span).unreadable(model)
         for layer, span in zip(layers, units.outputs, strict=True)
     )
 

@@ -17,17 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfcompress.calibration.batches import MakeBatches, evaluating, examples, given, labelled, loss_of, singles
+from hfcompress.calibration.layerwise import layerwise
 from hfcompress.calibration.obs import prices
 from hfcompress.calibration.processes import agreed
-from hfcompress.calibration.second_moments import (
-    DAMPING,
-    Moments,
-    for_each_projection,
-    lanes_of,
-    places_of,
-    rows_read,
-    unreadable,
-)
+from hfcompress.calibration.second_moments import DAMPING, Moments, Projection
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.surgery.units.gates import gate
 from hfcompress.surgery.units.owned import owned, per_unit, spans_of, tensor_of
@@ -129,22 +122,23 @@ class _Reading:
     """Sees what units hand to one output projection, and adds up |W x|."""
 
     def __init__(self, model: nn.Module, units: Units, span: Span, now: dict[str, Any]) -> None:
-        self.model, self.units, self.span, self.now = model, units, span, now
+        self.model, self.units, self.now = model, units, now
+        self.projection = Projection.of(units, span)
         self.sizes = (units.count, units.size)
         self.grams = []
-        for _, lane in lanes_of(model, units, span):
+        for _, lane in self.projection.weights(model):
             columns = lane.float().flatten(0, -2).unflatten(-1, self.sizes)
             self.grams.append(torch.einsum("ocs,oct->cst", columns, columns))
         self.total = torch.zeros(len(self.grams), units.count, dtype=torch.float64)
         self.tokens = torch.zeros(len(self.grams), 1)
 
     def watch(self) -> RemovableHandle:
-        """After gates; but experts' gates are on weights, and `rows_read` looks them up."""
-        module, first = self.model.get_submodule(self.span.module), self.units.lanes > 1
+        """After gates; but experts' gates are on weights, and `Projection.rows` looks them up."""
+        module, first = self.model.get_submodule(self.projection.module), self.units.lanes > 1
         return module.register_forward_pre_hook(self._see, prepend=first, with_kwargs=True)
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read = rows_read(self.model, self.units, self.span, self.now["batch"], args, kwargs, past_gates=True)
+        read = self.projection.rows(self.model, self.now["batch"], args, kwargs, past_gates=True)
         for lane, (gram, rows) in enumerate(zip(self.grams, read, strict=True)):
             x = rows.float().unflatten(-1, self.sizes)
             norms = torch.einsum("ncs,cst,nct->nc", x, gram, x).clamp_min(0).sqrt()
@@ -170,29 +164,32 @@ def obs(model: Any, all_units: list[Units], batches: MakeBatches | None = None, 
     Layer-wise Optimal Brain Surgeon, which `surgeon` explains: the score to choose before `repair`, which does make up for it.
     Coupled units pay in all their projections. Every layer is seen in the model as it is.
     """
-    for units in all_units:
-        for span in units.outputs:
-            if why := unreadable(model, span):
-                raise CompressionError(
-                    f"scores: obs can't tell what {span.tensor} makes of its units: {why}; possible are "
-                    f"{', '.join(name for name in SCORES if name != 'obs')}; choose one of these."
-                )
-    places = places_of(all_units)
+    places = {Projection.of(units, span): units for units in all_units for span in units.outputs}
+    for projection in places:
+        if why := projection.unreadable(model):
+            raise CompressionError(
+                f"scores: obs can't tell what {projection.module}.{projection.leaf} makes of its units: {why}; possible are "
+                f"{', '.join(name for name in SCORES if name != 'obs')}; choose one of these."
+            )
     waiting: dict[str, list[tuple[Tensor, Any]]] = {}
     found: dict[str, Tensor] = {}
 
-    def price(name: str, moments: list[Moments]) -> None:
-        units, span = places[name]
-        if units.lanes > 1 and not any(some.tokens for some in moments):
-            raise _unseen("obs", units)
-        lanes = zip(lanes_of(model, units, span), moments, strict=True)
-        waiting[name] = [(lane.flatten(0, -2), some.square(about_mean=bias is not None)) for (bias, lane), some in lanes]
+    def price(projection: Projection, moments: list[Moments]) -> None:
+        units = places[projection]
+        if not any(some.tokens for some in moments):
+            if units.lanes > 1:
+                raise _unseen("obs", units)
+            return
+        lanes = zip(projection.weights(model), moments, strict=True)
+        waiting[projection.module] = [
+            (lane.flatten(0, -2), some.square(about_mean=bias is not None)) for (bias, lane), some in lanes
+        ]
         if all(one.module in waiting for one in units.outputs):
             coupled = [waiting.pop(one.module) for one in units.outputs]
             per_lane = [prices(list(sides), units.size, DAMPING) for sides in zip(*coupled, strict=True)]
             found[units.output] = torch.stack(per_lane).reshape(units.shape).float()
 
-    for_each_projection(model, places, batches, "scores: obs", price, past_gates=True)
+    layerwise(model, list(places), batches, "scores: obs", price, writes=False, past_gates=True)
     return [found.get(units.output, torch.zeros(units.shape)) for units in all_units]
 
 

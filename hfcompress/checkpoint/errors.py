@@ -20,6 +20,12 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line without its full stop, to stand inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip().rstrip(".:")[:200] if lines else "") or type(error).__name__
+
+
 def did_you_mean(word: str, possible: Iterable[str]) -> str:
     """` Did you mean 'x'?` where a possible word is close, else ` Possible: a, b, c.`; starts with a blank."""
     possible = sorted(possible)

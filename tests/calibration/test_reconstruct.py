@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor
 
 from hfcompress.calibration.batches import Batches
-from hfcompress.calibration.layerwise import Paused
+from hfcompress.calibration.layerwise import layerwise
 from hfcompress.calibration.reconstruct import Repaired, repair
 from hfcompress.calibration.scores import score
-from hfcompress.calibration.second_moments import for_each_projection, places_of, rows_read
+from hfcompress.calibration.second_moments import Projection
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import kind_of
 from hfcompress.methods import PruneHeads, PruneNeurons, PruneWeights, riding
@@ -294,7 +294,7 @@ def test_what_an_expert_reads_is_what_it_makes_of_the_tokens_sent_to_it(implemen
     hidden, chosen, _ = given
     units = units_of(model, "neurons")[1]
     inputs = {"args": (hidden, *given[1:]), "kwargs": {}}
-    read = rows_read(model, units, units.outputs[0], batch, **inputs, past_gates=False)
+    read = Projection.of(units, units.outputs[0]).rows(model, batch, **inputs, past_gates=False)
     attended = batch["attention_mask"].bool().flatten()
     for expert, rows in enumerate(read):
         mine = hidden[attended & (chosen == expert).any(-1)]
@@ -319,7 +319,7 @@ def test_padding_is_left_out_where_every_expert_is_given_all_tokens() -> None:
     handle = model.get_submodule(units.output).register_forward_pre_hook(lambda _, args: given.extend(args))
     model(**batch)
     handle.remove()
-    read = rows_read(model, units, units.outputs[0], batch, tuple(given), {}, past_gates=False)
+    read = Projection.of(units, units.outputs[0]).rows(model, batch, tuple(given), {}, past_gates=False)
     assert len(given[0]) == units.lanes * batch["attention_mask"].numel()
     assert {len(rows) for rows in read} == {int(batch["attention_mask"].sum())}
 
@@ -333,8 +333,9 @@ def test_moments_are_of_what_gates_leave_or_of_what_comes_to_them(kind: str) -> 
 
     def squares(past_gates: bool) -> Tensor:
         found: list[Tensor] = []
-        places, then = places_of(all_units), lambda name, moments: found.extend(one.square(False).diagonal() for one in moments)
-        for_each_projection(model, places, lambda: [batch], "a test", then, past_gates)
+        targets = [Projection.of(units, span) for units in all_units for span in units.outputs]
+        then = lambda _, moments: found.extend(one.square(False).diagonal() for one in moments)  # noqa: E731
+        layerwise(model, targets, lambda: [batch], "a test", then, past_gates=past_gates)
         return torch.stack(found)
 
     whole = squares(True)
@@ -399,19 +400,3 @@ def test_zeros_of_repair_are_not_those_of_prune_weights() -> None:
     methods = [PruneNeurons(0.5, scores="l2", repair=True), PruneWeights(0.5)]
     with pytest.raises(CompressionError, match=r"prune_weights: it would count what repair has set to zero.*in a step after"):
         riding(tiny_model("bert"), methods, batches("bert")).__enter__()
-
-
-def test_runs_stop_and_go_on_in_turns() -> None:
-    said: list[str] = []
-
-    def run(pause: Any) -> None:
-        for name in "abc":
-            said.append(f"before {name}")
-            pause(name)
-
-    first, second = Paused(run), Paused(run)
-    assert [first.step(), second.step(), first.step()] == ["a", "a", "b"]
-    assert said == ["before a", "before a", "before b"]
-    first.leave()
-    assert [second.step(), second.step(), second.step(), second.step()] == ["b", "c", None, None]
-    assert first.is_done and second.is_done and said.count("before c") == 1
