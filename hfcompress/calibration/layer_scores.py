@@ -20,7 +20,7 @@ def block_influence(model: nn.Module, stack: Stack, batches: MakeBatches, asked:
 
     Men et al. 2024, ShortGPT (arXiv 2403.03853), equation 1.
     """
-    return 1 - _cosines(model, stack, batches, asked)[torch.arange(stack.count), torch.arange(1, stack.count + 1)]
+    return 1 - _cosines(model, stack, batches, 1, asked)
 
 
 def angular(model: nn.Module, stack: Stack, batches: MakeBatches, size: int, asked: str) -> Tensor:
@@ -28,8 +28,7 @@ def angular(model: nn.Module, stack: Stack, batches: MakeBatches, size: int, ask
 
     Gromov et al. 2024 (arXiv 2403.17887), equation 6, with the mean over all tokens for their last one: encoders have no last.
     """
-    starts = torch.arange(stack.count - size + 1)
-    return _cosines(model, stack, batches, asked)[starts, starts + size].clamp(-1, 1).acos() / torch.pi
+    return _cosines(model, stack, batches, size, asked).clamp(-1, 1).acos() / torch.pi
 
 
 def loss_without(model: nn.Module, stack: Stack, batches: MakeBatches, skipped: list[int], asked: str) -> float:
@@ -73,17 +72,30 @@ def skip(layer: nn.Module) -> RemovableHandle:
     return layer.register_forward_hook(identity, with_kwargs=True)
 
 
-def _cosines(model: nn.Module, stack: Stack, batches: MakeBatches, asked: str) -> Tensor:
-    """Mean cosine of the hidden states before layer i and before layer j, over tokens. (count + 1, count + 1)."""
-    totals, seen = torch.zeros(stack.count + 1, stack.count + 1), 0.0
+def _cosines(model: nn.Module, stack: Stack, batches: MakeBatches, size: int, asked: str) -> Tensor:
+    """Mean cosine of the hidden states before layer i and before layer i + size, over tokens. (count - size + 1,).
+
+    No more than `size` + 1 states are held at a time.
+    """
+    totals, seen = torch.zeros(stack.count - size + 1), 0.0
     layers: Any = model.get_submodule(stack.name)
     states: dict[int, Tensor] = {}
+    reached: set[int] = set()
+    shapes: set[torch.Size] = set()
+    now: dict[str, Any] = {}
 
     def note(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         conv = any(parameter.dim() == 4 for parameter in layer.parameters())
         for place, state in ((index, _first((*args, *kwargs.values()))), (index + 1, _first(output))):
-            state = state.detach().float()
-            states[place] = state.movedim(1, -1) if conv and state.dim() == 4 else state
+            state = state.detach().movedim(1, -1) if conv and state.dim() == 4 else state.detach()
+            shapes.add(state.shape)
+            if place in reached:
+                continue
+            reached.add(place)
+            states[place] = nn.functional.normalize(told(model, now["batch"], stack.name, state).float(), dim=-1)
+            before = states.pop(place - size, None)
+            if before is not None and before.shape == states[place].shape:
+                totals[place - size] += float((before.to(state.device) * states[place]).sum())
 
     handles = [
         layer.register_forward_hook(
@@ -95,26 +107,20 @@ def _cosines(model: nn.Module, stack: Stack, batches: MakeBatches, asked: str) -
     try:
         with evaluating(model), torch.no_grad():
             for batch in given(batches, f"{asked}: a score"):
-                states.clear()
+                for kept in (states, reached, shapes):
+                    kept.clear()
+                now["batch"] = batch
                 model(**batch)
-                if len(states) <= stack.count or len({state.shape for state in states.values()}) > 1:
+                if len(reached) <= stack.count or len(shapes) > 1:
                     raise CompressionError(
                         f"{asked}: the hidden states between the layers of {stack.name} can't be followed; possible are layers "
                         f"that are called one by one and keep the shape; choose scores: position."
                     )
-                ordered = [states[place] for place in range(stack.count + 1)]
-                cosines, count = _mean_cosines([told(model, batch, stack.name, state) for state in ordered])
-                totals, seen = totals + cosines, seen + count
+                seen += len(next(iter(states.values())))
     finally:
         for handle in handles:
             handle.remove()
     return agreed(totals / seen)
-
-
-def _mean_cosines(states: list[Tensor]) -> tuple[Tensor, float]:
-    """Sums of cosines over tokens, (layers + 1, layers + 1), and how many tokens there are, of states (tokens, hidden)."""
-    units = torch.stack([torch.nn.functional.normalize(state.to(states[0].device), dim=-1) for state in states])
-    return torch.einsum("ith,jth->ij", units, units).cpu(), float(units.shape[1])
 
 
 def _first(values: Any) -> Tensor:

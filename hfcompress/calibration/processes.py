@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
@@ -9,8 +11,11 @@ from torch import Tensor
 
 
 def processes() -> PartialState:
-    """accelerate's state. It must be told to look for CPU processes, or each takes itself for the only one."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    """accelerate's state. It must be told to look for CPU processes, or each takes itself for the only one.
+
+    The first process measures and writes while the others wait for it: for a day, where NCCL gives up after ten minutes.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 def agreed(values: Tensor) -> Tensor:

@@ -23,15 +23,17 @@ from hfcompress.calibration.processes import agreed
 from hfcompress.calibration.second_moments import DAMPING, Moments, Projection
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.surgery.units.gates import gate
-from hfcompress.surgery.units.owned import owned, per_unit, spans_of, tensor_of
+from hfcompress.surgery.units.owned import norms, owned, per_unit, spans_of, tensor_of
 from hfcompress.surgery.units.spans import Span, Units
 
 WITHOUT_LABELS = "activation, obs or magnitude"
+AT_ONCE = 2**31
+"""Bytes of gradients that are held at a time: of more weights, the data are gone through again."""
 
 
 def magnitude(model: nn.Module, all_units: list[Units], batches: MakeBatches | None = None, seed: int = 0) -> list[Tensor]:
     """L2 norm of everything a unit owns: its rows in the input projections and its columns in the output."""
-    return [owned(model, units, torch.square).sqrt() for units in all_units]
+    return norms(model, all_units)
 
 
 def l1(model: nn.Module, all_units: list[Units], batches: MakeBatches | None = None, seed: int = 0) -> list[Tensor]:
@@ -66,35 +68,53 @@ def taylor(model: Any, all_units: list[Units], batches: MakeBatches | None = Non
     """Sum of |w * dL/dw| over every weight that a unit owns, L being the loss over all data: what cutting each of them would
     change, to the first order. Molchanov et al. 2019 (arXiv 1906.10771), equation 8, in absolute values as Ma et al. 2023,
     LLM-Pruner (arXiv 2305.11627), take them."""
-    own = {span.tensor: None for units in all_units for span in (*units.inputs, *units.outputs)}
+    own = {span.tensor: None for units in all_units for span in spans_of(units)}
     weights = {name: weight for name in own if isinstance(weight := tensor_of(model, name), nn.Parameter)}
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
-    totals, seen = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}, 0.0
+    found = [torch.zeros(units.shape) for units in all_units]
     for weight in frozen:
         weight.requires_grad_(True)
     try:
-        with evaluating(model), torch.enable_grad():
-            for batch in given(batches, "scores: taylor"):
-                output = model(**batch)
-                known = labelled(model, batch, output)
-                worth = float(known.sum()) if known is not None else examples(model, batch)
-                if not worth:
-                    continue
-                slopes = torch.autograd.grad(
-                    loss_of(output, "scores: taylor", WITHOUT_LABELS), list(weights.values()), allow_unused=True
-                )
-                for total, slope in zip(totals.values(), slopes, strict=True):
-                    if slope is not None:
-                        total.add_(slope, alpha=worth)
-                seen += worth
+        for some in _within(weights, AT_ONCE):
+            felt = {name: (some[name].detach() * slope).abs() for name, slope in _mean_slopes(model, some, batches).items()}
+            for place, units in enumerate(all_units):
+                for span in spans_of(units):
+                    if span.tensor in felt:
+                        found[place] = found[place] + per_unit(units, span, felt[span.tensor])
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-    felt = {name: (weight.detach() * totals[name] / max(seen, 1.0)).abs() for name, weight in weights.items()}
-    return [
-        sum((per_unit(units, span, felt[span.tensor]) for span in spans_of(units) if span.tensor in felt), torch.zeros(()))
-        for units in all_units
-    ]
+    return found
+
+
+def _within(weights: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
+    """The weights in parts of so many bytes at the most in float32, or of one weight."""
+    part: dict[str, Any] = {}
+    for name, weight in weights.items():
+        if part and 4 * sum(one.numel() for one in (*part.values(), weight)) > most:
+            yield part
+            part = {}
+        part[name] = weight
+    yield part
+
+
+def _mean_slopes(model: Any, weights: dict[str, Any], batches: MakeBatches | None) -> dict[str, Tensor]:
+    """dL/dw over all data, float32, of the loss that is a mean over all labels."""
+    totals, seen = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}, 0.0
+    with evaluating(model), torch.enable_grad():
+        for batch in given(batches, "scores: taylor"):
+            output = model(**batch)
+            known = labelled(model, batch, output)
+            worth = float(known.sum()) if known is not None else examples(model, batch)
+            if not worth:
+                continue
+            loss = loss_of(output, "scores: taylor", WITHOUT_LABELS)
+            slopes = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for total, slope in zip(totals.values(), slopes, strict=True):
+                if slope is not None:
+                    total.add_(slope, alpha=worth)
+            seen += worth
+    return {name: total.div_(max(seen, 1.0)) for name, total in totals.items()}
 
 
 @torch.no_grad()

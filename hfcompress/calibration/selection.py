@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -26,10 +27,18 @@ class Target:
     max_ratio: float = 1.0
 
 
-def chosen(all_units: list[Units], scores: list[Tensor], target: Target, alive: list[Tensor] | None = None) -> list[Tensor]:
+def chosen(
+    all_units: list[Units],
+    scores: list[Tensor],
+    target: Target,
+    alive: list[Tensor] | None = None,
+    costs: Sequence[float] | None = None,
+) -> list[Tensor]:
     """Indices to keep, ascending: (kept,) each, or (lanes, kept). `alive`: bool, the units that are still to choose from.
 
-    Scores of a layer are divided by their L2 norm first, as Michel et al. 2019 do: layers differ in scale.
+    Scores of a layer are divided by their L2 norm first, as Michel et al. 2019 do: layers differ in scale. `costs`: of one unit
+    of each layer, in parameters, bytes or milliseconds; under ranking global the ratio is then a share of the total cost, and
+    what stays is what is worth most for its cost. All alike if absent.
     """
     alive = alive or [torch.ones(units.shape, dtype=torch.bool) for units in all_units]
     _check_leaves(all_units, target)
@@ -38,7 +47,9 @@ def chosen(all_units: list[Units], scores: list[Tensor], target: Target, alive: 
     if target.ranking == "layer":
         counts = [_nearest(numbers, units.count, target) for numbers, units in zip(possible, all_units, strict=True)]
     else:
-        counts = _competing(all_units, possible, [values for values, _ in ranked], target.ratio)
+        counts = _competing(
+            all_units, possible, [values for values, _ in ranked], target.ratio, costs or [1.0] * len(all_units)
+        )
     return [order[..., :count].sort(-1).values for (_, order), count in zip(ranked, counts, strict=True)]
 
 
@@ -81,23 +92,27 @@ def _nearest(numbers: list[int], count: int, target: Target) -> int:
     return min(numbers, key=lambda number: (round(abs(number - wanted), 6), number // target.round_to % 2))
 
 
-def _competing(all_units: list[Units], possible: list[list[int]], ranked: list[Tensor], ratio: float) -> list[int]:
-    """How many of each layer stay when all layers compete, with the total as near to the ratio as the possible numbers permit.
+def _competing(
+    all_units: list[Units], possible: list[list[int]], ranked: list[Tensor], ratio: float, costs: Sequence[float]
+) -> list[int]:
+    """How many of each layer stay when all layers compete, with their cost as near to the ratio as the possible numbers permit.
 
-    Every layer begins with the least that may stay, and the step that holds the best scores is added, until the total is
-    reached. As scores fall within a layer, no other choice with these steps holds more of them.
+    Every layer begins with the least that may stay, and the step that holds the best scores for its cost is added, until the
+    total is reached (Dantzig 1957: what fills a knapsack best). As scores fall within a layer, no other choice with these steps
+    holds more of them.
     """
     counts = [numbers[0] for numbers in possible]
-    wanted = sum(units.count * units.lanes for units in all_units) * (1 - ratio)
-    total = sum(count * units.lanes for count, units in zip(counts, all_units, strict=True))
+    each = [units.lanes * cost for units, cost in zip(all_units, costs, strict=True)]
+    wanted = sum(units.count * cost for units, cost in zip(all_units, each, strict=True)) * (1 - ratio)
+    total = sum(count * cost for count, cost in zip(counts, each, strict=True))
     steps = sorted(
-        (-float(values[..., before:after].mean()), layer, after)
+        (-float(values[..., before:after].mean()) / costs[layer], layer, after)
         for layer, (numbers, values) in enumerate(zip(possible, ranked, strict=True))
         for before, after in pairwise(numbers)
     )
     full: set[int] = set()
     for _, layer, after in steps:
-        size = (after - counts[layer]) * all_units[layer].lanes
+        size = (after - counts[layer]) * each[layer]
         if total + size / 2 > wanted + 1e-6:
             full.add(layer)
         if layer not in full:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
-from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean, first_line
 
 # What the tokenizer or processor and the data fix, so that a student must have it from the original.
 _INPUTS = ("vocab_size", "image_size", "num_channels", "num_mel_bins")
@@ -35,8 +35,8 @@ def from_scratch(model: Any, architecture: str | dict[str, Any], seed: int) -> n
             other = auto.from_config(config, dtype=model.dtype)
         except Exception as error:
             raise CompressionError(
-                f"student: architecture {_name(architecture)}: its sizes build no {config.model_type} model ({_said(error)}); "
-                f"give sizes that fit each other."
+                f"student: architecture {_name(architecture)}: its sizes build no {config.model_type} model "
+                f"({first_line(error)}); give sizes that fit each other."
             ) from error
     return other.to(model.device)
 
@@ -47,7 +47,7 @@ def _read(architecture: str | dict[str, Any]) -> Any:
             return AutoConfig.from_pretrained(architecture)
         except Exception as error:
             raise CompressionError(
-                f"student: architecture {architecture!r} can't be read ({_said(error)}); possible are a folder, a "
+                f"student: architecture {architecture!r} can't be read ({first_line(error)}); possible are a folder, a "
                 f"config.json, a Hub id and a mapping with a model_type; check the name."
             ) from error
     fields = dict(architecture)
@@ -64,7 +64,7 @@ def _read(architecture: str | dict[str, Any]) -> Any:
         return CONFIG_MAPPING[kind](**fields)
     except Exception as error:
         raise CompressionError(
-            f"student: architecture: these fields make no {kind} config ({_said(error)}); give others."
+            f"student: architecture: these fields make no {kind} config ({first_line(error)}); give others."
         ) from error
 
 
@@ -112,7 +112,3 @@ def _take_over(config: Any, original: Any, given: dict[str, Any]) -> None:
 
 def _name(architecture: str | dict[str, Any]) -> str:
     return repr(architecture if isinstance(architecture, str) else architecture.get("model_type"))
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean, first_line
 from hfcompress.checkpoint.structure import twin
 from hfcompress.surgery.depth.stacks import layer_stacks
 from hfcompress.surgery.meta_diff import plain, shapes
@@ -102,7 +102,7 @@ def _built(model: nn.Module, config: Any, sizes: dict[str, int]) -> nn.Module:
     try:
         return twin(model, config)
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        said = first_line(error)
         raise CompressionError(
             f"student: config: {_told(sizes)} build no {type(model).__name__} ({said}); give sizes that fit each other."
         ) from error

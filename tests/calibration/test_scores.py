@@ -283,6 +283,17 @@ def test_taylor_is_weight_times_gradient_of_all_that_a_unit_owns(part: str) -> N
     torch.testing.assert_close(float(slope[unit]), joint, rtol=1e-3, atol=1e-7)  # a gate scales the columns of the output
 
 
+def test_taylor_holds_no_more_gradients_at_a_time_than_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = given("llama")
+    all_units = units_of(model, "neurons")
+    at_once = score("taylor", model, all_units, lambda: [batch])
+    monkeypatch.setattr("hfcompress.calibration.scores.AT_ONCE", 1)
+    passes: list[int] = []
+    in_turn = score("taylor", model, all_units, lambda: passes.append(1) or [batch])  # type: ignore[func-returns-value]
+    assert len(passes) == len({span.tensor for units in all_units for span in (*units.inputs, *units.outputs)}), "one a weight"
+    assert all(torch.allclose(one, other) for one, other in zip(at_once, in_turn, strict=True))
+
+
 def test_activation_is_the_norm_of_what_a_unit_adds() -> None:
     model, batch = given("bert")
     units = units_of(model, "heads")[1]
@@ -402,6 +413,17 @@ def test_the_best_stay() -> None:
     assert first.tolist() == [1, 4, 5, 6, 7] and second.tolist() == [0, 1, 2, 3, 4, 5, 6]
     lanes = torch.stack([one, one.flip(0)])
     assert chosen([layer(8, 2)], [lanes], Target("x", 0.75))[0].tolist() == [[4, 6], [1, 3]]
+
+
+def test_costs_say_what_a_unit_of_each_layer_is_worth() -> None:
+    layers, scores = [layer(8), layer(8)], [torch.arange(1.0, 9.0), torch.arange(1.0, 9.0)]
+    even = chosen(layers, scores, Target("x", 0.5, "global"))
+    assert [len(keep) for keep in even] == [4, 4]
+    assert [keep.tolist() for keep in chosen(layers, scores, Target("x", 0.5, "global"), costs=[3.0, 3.0])] == [
+        keep.tolist() for keep in even
+    ]
+    dear, cheap = chosen(layers, scores, Target("x", 0.5, "global"), costs=[3.0, 1.0])
+    assert len(dear) < 4 < len(cheap) and abs(3 * len(dear) + len(cheap) - 16) <= 1.5, "half of 32, to half a unit"
 
 
 def test_heads_that_a_table_couples_are_one_decision() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hfcompress.checkpoint.describe import diff
-from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.checkpoint.integers import CONFIG_COUNTS, OWN_COUNTS, WIDTH_COUNTS, largest
 from hfcompress.checkpoint.structure import rebuild, twin
 from hfcompress.surgery.units.cut import cut
@@ -84,7 +84,7 @@ def _prove(kind: Any, config: PreTrainedConfig) -> Proof:
         set_norms(specimen, batch)
         found = read(copy.deepcopy(specimen), batch)  # some models keep what they computed, with its history
     except Exception as error:  # transformers raises whatever it likes
-        fault = f"a small random model of it does not run ({_said(error)}), so where its units are can't be proven"
+        fault = f"a small random model of it does not run ({first_line(error)}), so where its units are can't be proven"
     units: dict[str, list[Units]] = {}
     whys: dict[str, str] = {}
     for part in KINDS:
@@ -234,7 +234,7 @@ def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn:
         with silenced(specimen, pairs):
             expected, said = answers(specimen, batch), spoken(copy.deepcopy(specimen), batch)  # BigBird becomes another
     except Exception as error:
-        return f"the units can't be silenced ({_said(error)})"
+        return f"the units can't be silenced ({first_line(error)})"
     smaller, inside = copy.deepcopy(specimen), list[str]()
     try:
         for one, keep in pairs:
@@ -243,14 +243,14 @@ def _fails_in(specimen: Any, batch: dict[str, Tensor], units: list[Units], turn:
             got = answers(smaller, batch)
     except Exception as error:
         where = f"{inside[-1] or 'the model'} ({type(smaller.get_submodule(inside[-1])).__name__})" if inside else "the model"
-        return f"{where} is written for all of them, and does not run with some cut out ({_said(error)})"
+        return f"{where} is written for all of them, and does not run with some cut out ({first_line(error)})"
     for mine, theirs in zip(got, expected, strict=True):
         if mine.shape != theirs.shape or not close(mine, theirs):
             return "cutting is not the same as silencing"
     try:
         rebuild(twin(smaller), diff(smaller))
     except CompressionError as error:
-        return f"what is left can't be saved ({_said(error)})"
+        return f"what is left can't be saved ({first_line(error)})"
     if said is not None and not _says(smaller, batch, said):
         return "generate does not go on as the silenced model would"
     return None
@@ -315,10 +315,6 @@ def spoken(model: Any, batch: dict[str, Tensor]) -> Tensor | None:
 def _says(model: Any, batch: dict[str, Tensor], expected: Tensor) -> bool:
     said = spoken(model, batch)
     return said is not None and torch.equal(said, expected)
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
 def _has_none(specimen: Any, kind: str) -> bool:
