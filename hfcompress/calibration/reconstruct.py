@@ -131,16 +131,18 @@ def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments
     weight = lane.flatten(0, -2).double()
     columns = columns.to(weight.device)
     gone = torch.ones(weight.shape[-1], dtype=torch.bool, device=weight.device).index_fill_(0, columns, False)
-    raw, square = moments.square(about_mean=False), moments.square(about_mean=bias is not None)
+    square, mean = moments.square(about_mean=bias is not None), moments.mean
     lost = weight[:, gone]
-    power, before = _mean_square(weight, raw), _mean_square(lost, raw[gone][:, gone])
+    power, before = _mean_square(weight, square), _mean_square(lost, square[gone][:, gone])
+    if bias is not None:  # both are told about zero
+        power, before = power + (weight @ mean).square().sum(), before + (lost @ mean[gone]).square().sum()
     zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
     more = _divided(rz, zz, damping)
     after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
     lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
     lane[..., gone] = 0.0
     if bias is not None:
-        bias.data += (lost @ moments.mean[gone] - more @ moments.mean[columns]).to(bias)
+        bias.data += (lost @ mean[gone] - more @ mean[columns]).to(bias)
     was, now = (float((error / power.clamp_min(1e-30)).clamp_min(0)) for error in (before, after))
     return Repaired(name, was, now, moments.tokens)
 

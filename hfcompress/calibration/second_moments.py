@@ -31,12 +31,16 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """`x`: (tokens, columns); no tokens make zeros."""
         x = x if x.dtype == torch.float64 else x.float()
-        if not self.tokens:
+        if not isinstance(self.total_square, Tensor):
             self.origin = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+            self.total = torch.zeros_like(self.origin, dtype=torch.float64)
+            self.total_square = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        elif not self.tokens:
+            self.origin = x.mean(0) if len(x) else self.origin
         self.tokens += len(x)
         x = x - self.origin
-        self.total = self.total + x.sum(0).double()
-        self.total_square = self.total_square + (x.T @ x).double()
+        self.total += x.sum(0)
+        self.total_square += x.T @ x
 
     @property
     def mean(self) -> Any:
@@ -46,8 +50,8 @@ class Moments:
     def square(self, about_mean: bool) -> Any:
         """(columns, columns): mean x x^T, about the means where a bias can take these over."""
         off, found = self.total / max(self.tokens, 1), self.total_square / max(self.tokens, 1)
-        central = found - off[:, None] * off
-        return central if about_mean else central + self.mean[:, None] * self.mean
+        found.addr_(off, off, alpha=-1)
+        return found if about_mean else found.addr_(self.mean, self.mean)
 
 
 @dataclass(frozen=True)
