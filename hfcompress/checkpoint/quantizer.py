@@ -93,6 +93,7 @@ class HfcompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self._check_loaded(model)
+        check_types(model)
         coded = [module for module in model.modules() if holds_codes(module)]
         for module in coded:
             frozen(module)
@@ -161,6 +162,14 @@ def check_layer(name: str, layer: nn.Module, edit: dict[str, Any] | None = None)
         for key, value in (edit or {}).items():
             if key in fields and fields[key] != value:
                 raise _damaged(name, f"{key} is {shown(fields[key])} in the file of weights and {shown(value)} in config.json")
+
+
+def check_types(model: nn.Module) -> None:
+    """That what is not codes holds floating-point numbers; transformers casts between those alone. CompressionError if not."""
+    for owner, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_floating_point() and not (leaf == "weight" and holds_codes(module)):
+                raise _damaged(f"{owner}.{leaf}", f"it holds {str(parameter.dtype).removeprefix('torch.')} where floats belong")
 
 
 def missing(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ import transformers
 from hfcompress.checkpoint.artifact import without_bars
 from hfcompress.checkpoint.checksums import check_checksums, read_json
 from hfcompress.checkpoint.errors import CompressionError, shown
-from hfcompress.checkpoint.quantizer import check_layer
+from hfcompress.checkpoint.quantizer import check_layer, check_types
 
 
 def verify(folder: str | Path) -> bool:
@@ -36,6 +36,7 @@ def verify(folder: str | Path) -> bool:
             raise _wrong(folder, f"the tensor {shown(sorted(told[sort])[0])} {what}")
     for layer, module in model.named_modules():
         check_layer(layer, module)
+    check_types(model)
     return checked
 
 

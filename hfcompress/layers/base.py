@@ -48,13 +48,14 @@ class Kind:
     @classmethod
     def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
         """What is wrong with fields that a checkpoint names; None if nothing is. `limits`: of each size, and of `rank`."""
+        own = {size: value for size in cls.sizes if type(value := fields.get(size)) is int}
         for key, value in fields.items():
             if key not in cls.names:
                 return f"{shown(key)} is not allowed: {cls.type_name} has {', '.join(cls.names)}"
             if key in limits:
                 if type(value) is not int or not 0 < value <= limits[key]:
                     return f"{key} = {shown(value)} is not an integer from 1 to {limits[key]}"
-            elif not cls.allows(key, value, limits):
+            elif not cls.allows(key, value, limits | own):
                 return f"{key} = {shown(value)} is not allowed"
         missing = sorted(set(cls.names) - set(fields))
         return f"{', '.join(missing)} missing" if missing else None

@@ -211,3 +211,11 @@ def test_codes_themselves_and_8bit_scales_are_checked() -> None:
     assert Linear8bit.damage(eight) == "SCB, the scales of its codes, are 95 of float32, not 96 of float32"
     eight.state.SCB = None
     assert Linear8bit.damage(eight) == "SCB, the scales of its codes, is missing"
+
+
+def test_a_padding_row_lies_within_the_table() -> None:
+    fields = {"num_embeddings": 5, "embedding_dim": 8, "padding_idx": 7}
+    limits = {"num_embeddings": 50, "embedding_dim": 8, "rank": 8}
+    assert KINDS["embedding"].mistake(fields, limits) == "padding_idx = 7 is not allowed"
+    assert KINDS["low_rank_embedding"].mistake({**fields, "rank": 2}, limits) == "padding_idx = 7 is not allowed"
+    assert KINDS["embedding"].mistake({**fields, "padding_idx": 4}, limits) is None
