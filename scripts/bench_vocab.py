@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from hfcompress import PruneVocab, Recipe, Train
-from hfcompress.checkpoint.artifact import needed_import, prove, save
+from hfcompress.checkpoint.artifact import save
+from hfcompress.checkpoint.proof import needed_import, prove
 from hfcompress.results.measure import machine, weigh
 from hfcompress.run.recipe import task_from
 

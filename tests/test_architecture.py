@@ -33,7 +33,7 @@ BELOW = {
 }
 ONLY_IN = {
     "huggingface_hub": {"results.hub", "results.card", "tasks.pretrained"},
-    "transformers.quantizers": {"checkpoint.quantizer", "checkpoint.bnb_config"},
+    "transformers.quantizers": {"checkpoint.quantizer", "checkpoint.from_codes", "checkpoint.bnb_config"},
     "typer": {"run.cli"},
     "datasets": {"tasks.data", "tasks.metrics", *(f"tasks.{name}" for name in ("base", "texts", "labels", *TASK_FILES))},
     "evaluate": {"tasks.metrics"},
@@ -116,6 +116,17 @@ def test_the_two_sides_never_meet() -> None:
     layers = ("", *(f".{name}" for name in ("base", "bitsandbytes", "dense", "low_rank")))
     expected = [*(f"hfcompress.checkpoint{name}" for name in loaded), *(f"hfcompress.layers{name}" for name in layers)]
     assert told.strip() == f"{expected} False False"
+
+
+def test_loading_needs_public_names_of_transformers_alone() -> None:
+    """A name that transformers moves may break what saves, never what published checkpoints need to load."""
+    loaders = [path for path in FILES if module(path).startswith("layers")]
+    loaders += [PACKAGE / "checkpoint" / f"{name}.py" for name in ("errors", "integers", "quantizer", "structure")]
+    public = {"transformers", "transformers.quantizers", "transformers.utils.quantization_config"}
+    for path in loaders:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+                assert node.module in public and not any(alias.name.startswith("_") for alias in node.names), path
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

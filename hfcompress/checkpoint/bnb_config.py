@@ -13,7 +13,7 @@ from hfcompress.layers import features, kind_of
 from hfcompress.layers.bitsandbytes import needs_us
 
 
-def as_bitsandbytes(model: nn.Module, edits: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+def as_bitsandbytes(model: Any, edits: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """The plain bitsandbytes config, if low-bit layers of one sort are all that changed; such a checkpoint needs no import."""
     if not all(edit["kind"] in ("linear_4bit", "linear_8bit") for edit in edits.values()):
         return None
@@ -47,7 +47,8 @@ def as_bitsandbytes(model: nn.Module, edits: dict[str, dict[str, Any]]) -> dict[
             "load_in_4bit": True,
             "bnb_4bit_quant_type": sort["quant_type"],
             "bnb_4bit_use_double_quant": sort["compress_statistics"],
-            "bnb_4bit_compute_dtype": sort["compute_dtype"] or "float32",
+            # It can't say "that of the input", which is the model's.
+            "bnb_4bit_compute_dtype": sort["compute_dtype"] or str(model.dtype).removeprefix("torch."),
             "llm_int8_skip_modules": skipped,
         }
     return None

@@ -103,9 +103,30 @@ def _check_whole(model: nn.Module, blank: nn.Module) -> None:
 
 def settled(model: Any, edits: Structure) -> Structure:
     """Change fields of the config that explain some of these edits, and return those that are left."""
+    if not _may_be_even(model, edits):
+        return edits
     for part, change in list(changes(model.config, _resized(model, edits))):
         edits = _settle(model, part, change, edits)
     return edits
+
+
+def _may_be_even(model: nn.Module, edits: Structure) -> bool:
+    """Whether fields of a config might explain all edits. If they can't, none is worth a try: each builds the model anew.
+
+    They can't explain factors, nor sizes of which the same place in several layers has several.
+    """
+    blank, sizes = twin(model), dict[tuple[str, int, int], int]()
+    for name, edit in edits.items():
+        if edit["kind"] in KINDS and KINDS[edit["kind"]].stands_in and not KINDS[edit["kind"]].holds_codes:
+            return False
+        old = submodule(blank, name)
+        if old is None or edit["kind"] == "counts":
+            continue
+        place = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        for axis, (before, size) in enumerate(zip(features(old), KINDS[edit["kind"]].sizes, strict=True)):
+            if before != edit[size] and sizes.setdefault((place, axis, before), edit[size]) != edit[size]:
+                return False
+    return True
 
 
 def _resized(model: nn.Module, edits: Structure) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ def shown(value: object, most: int = 80) -> str:
     if isinstance(value, list | tuple | dict | set) and len(value) > most:
         return f"{type(value).__name__} of {len(value)} entries"
     text = repr(value[: most * 4] if isinstance(value, str | bytes) else value)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = printable(text)
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"
 
 
@@ -24,6 +24,11 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line without its full stop, to stand inside a sentence."""
     lines = str(error).strip().splitlines()
     return (lines[0].strip().rstrip(".:")[:200] if lines else "") or type(error).__name__
+
+
+def printable(text: object) -> str:
+    """A text of a file as a terminal may print it: what a terminal would obey becomes a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
 
 
 def did_you_mean(word: str, possible: Iterable[str]) -> str:

@@ -5,16 +5,18 @@ Of this package, a checkpoint's config names only layer kinds and sizes; no code
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps
+from safetensors import safe_open
+from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.checkpoint.structure import FORMAT, Structure, rebuild
-from hfcompress.layers import KINDS, holds_codes, stands_in
+from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.checkpoint.structure import FORMAT, Structure, kept_in_float32, name_in, rebuild
+from hfcompress.layers import KINDS, holds_codes, kind_of, stands_in
 from hfcompress.layers.bitsandbytes import frozen
 
 
@@ -28,7 +30,7 @@ class HfcompressConfig(QuantizationConfigMixin):
         self.format, self.modules = format, modules or {}
         if format != FORMAT:
             raise CompressionError(
-                f"config.json: hfcompress format {format!r}; this version reads format {FORMAT}; "
+                f"config.json: hfcompress format {shown(format)}; this version reads format {FORMAT}; "
                 f"upgrade with pip install -U hfcompress."
             )
         if not isinstance(self.modules, dict) or not all(isinstance(edit, dict) for edit in self.modules.values()):
@@ -37,32 +39,14 @@ class HfcompressConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise CompressionError(
-                f"config.json: unknown keys {', '.join(sorted(unknown))} in quantization_config; possible are format and "
-                f"modules; upgrade with pip install -U hfcompress."
+                f"config.json: unknown keys {shown(', '.join(sorted(unknown)))} in quantization_config; possible are format "
+                f"and modules; upgrade with pip install -U hfcompress."
             )
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method, "format": self.format, "modules": self.modules}
 
     to_diff_dict = to_dict
-
-
-class _FromCodes(ConversionOps):
-    """Hands a layer's stored tensors to the bitsandbytes reader they belong to; dense weights pass through."""
-
-    def __init__(self, hf_quantizer: HfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **where: Any) -> dict[str, Any]:
-        from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
-
-        module = where["model"].get_submodule(where["full_layer_name"].rpartition(".")[0])
-        for key, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
-            if key == "weight" and tensor.dim() == 3:
-                input_dict[key], module._clashes = tensor.squeeze(-1), True
-        reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
-        return reader(self.hf_quantizer).convert(input_dict, *args, **where)
 
 
 @register_quantizer("hfcompress")
@@ -88,7 +72,7 @@ class HfcompressQuantizer(HfQuantizer):
 
     @property
     def _has_codes(self) -> bool:
-        kinds = {edit.get("kind") for edit in self.quantization_config.modules.values()}
+        kinds = [edit.get("kind") for edit in self.quantization_config.modules.values()]
         return any(kind.holds_codes for name, kind in KINDS.items() if name in kinds)
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -96,8 +80,11 @@ class HfcompressQuantizer(HfQuantizer):
             return {"": torch.cuda.current_device()}
         return device_map
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
+        self._files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         rebuild(model, self.quantization_config.modules)
+        # What is read as codes may be is not cast by transformers, so that dense weights must be, afterwards.
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()} if self._has_codes else {}
         for module in model.modules():
             if stands_in(module) and not holds_codes(module):
                 for part in module.modules():  # what initialises a dense layer would ask for its shape or its bias
@@ -105,18 +92,53 @@ class HfcompressQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for module in model.modules():
-            if holds_codes(module):
-                frozen(module)
+        self._check_loaded(model)
+        check_types(model)
+        coded = [module for module in model.modules() if holds_codes(module)]
+        for module in coded:
+            frozen(module)
+        if coded:  # as transformers' own quantizers say it, and PEFT asks
+            model.is_loaded_in_4bit = any(kind_of(module) == "linear_4bit" for module in coded)
+            model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
+        for name, parameter in model.named_parameters():
+            dtype = self._dtypes.get(name, parameter.dtype)
+            dtype = torch.float32 if kept_in_float32(model, name, dtype) else dtype
+            if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
         forget_reading(model)
         return model
+
+    def _check_loaded(self, model: Any) -> None:
+        """Nothing that the structure names is missing, or another than it says, before anything computes with it."""
+        lost = missing(model)
+        whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for name, edit in self.quantization_config.modules.items():
+            here = name_in(model, name)
+            if here is not None:
+                check_layer(name, model.get_submodule(here), edit)
+                for tensor in lost:
+                    if tensor.startswith(f"{here}.") and tensor not in tied:
+                        raise _damaged(tensor, "it is missing from the file of weights")
+        optional = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
+        kept: set[str] = set()  # what is there in another size was let go by ignore_mismatched_sizes
+        for file in self._files if whole and lost else ():
+            with safe_open(file, framework="pt") as tensors:
+                kept |= set(tensors.keys())
+        for name in lost if whole and kept else ():
+            if name not in {*tied, *kept} and not any(re.search(pattern, name) for pattern in optional):
+                raise _damaged(name, "it is missing from the file of weights")
 
     def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
         owner, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and holds_codes(model.get_submodule(owner))
 
     def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": _FromCodes} if self._has_codes else {}
+        if not self._has_codes:
+            return {}
+        from hfcompress.checkpoint.from_codes import FromCodes
+
+        return {"deserialize": FromCodes}
 
     def is_serializable(self) -> bool:
         return True
@@ -130,13 +152,49 @@ class HfcompressQuantizer(HfQuantizer):
         return not self._has_codes
 
 
+def check_layer(name: str, layer: nn.Module, edit: dict[str, Any] | None = None) -> None:
+    """That a loaded layer has all its tensors, of the sizes and types that belong together; CompressionError if not."""
+    kind = kind_of(layer)
+    if kind is not None:
+        if wrong := getattr(layer, "unread", None) or KINDS[kind].damage(layer):
+            raise _damaged(name, wrong)
+        fields = KINDS[kind].fields(layer)
+        for key, value in (edit or {}).items():
+            if key in fields and fields[key] != value:
+                raise _damaged(name, f"{key} is {shown(fields[key])} in the file of weights and {shown(value)} in config.json")
+
+
+def check_types(model: nn.Module) -> None:
+    """That what is not codes holds floating-point numbers; transformers casts between those alone. CompressionError if not."""
+    for owner, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_floating_point() and not (leaf == "weight" and holds_codes(module)):
+                raise _damaged(f"{owner}.{leaf}", f"it holds {str(parameter.dtype).removeprefix('torch.')} where floats belong")
+
+
+def missing(model: nn.Module) -> list[str]:
+    """The parameters, and buffers that a checkpoint holds, which transformers did not find there; it marks what it found."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        kept = [(key, buffer) for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set]
+        tensors |= {f"{prefix}.{key}".removeprefix("."): buffer for key, buffer in kept if buffer is not None}
+    found = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+    return [name for name in tensors if name not in found] if found else []
+
+
+def _damaged(name: str, what: str) -> CompressionError:
+    return CompressionError(f"{shown(name)}: {what}; the checkpoint is damaged: download it again, or save the model again.")
+
+
 def forget_reading(model: Any) -> None:
     """Let a loaded low-bit model be saved again: transformers 5.23 would try to run the readers backwards, and raises."""
     conversions = getattr(model, "_weight_conversions", None) or []
     kept = [
         c
         for c in conversions
-        if not any("bit" in type(op).__name__.lower() or isinstance(op, _FromCodes) for op in getattr(c, "operations", ()))
+        if not any(
+            "bit" in type(op).__name__.lower() or type(op).__name__ == "FromCodes" for op in getattr(c, "operations", ())
+        )
     ]
     if len(kept) != len(conversions):
         model._weight_conversions = kept

@@ -7,6 +7,7 @@ A structure is plain JSON, a module's name to an edit: `{"kind": "linear", "in_f
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,16 +33,25 @@ def twin(model: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
 def rebuild(model: nn.Module, structure: Structure) -> nn.Module:
     """Give a twin (on the meta device) the shape that the structure tells. The structure is not trusted.
 
-    Names hold for the model they were read from, for its base model (`AutoModel`), and for a base model's heads.
+    Names hold for the model they were read from, for its base model (`AutoModel`), and for a base model's heads. A class
+    other than the config's own may lack a part, such as a pooler: its edits are left out.
     """
     if not isinstance(structure, dict):
         raise CompressionError("structure: it must map module names to edits; save the model again with hfcompress.")
     for name, edit in structure.items():
-        here = _name_in(model, name)
+        here = name_in(model, name)
         if here is not None:
             _check_edit(name, edit, model.get_submodule(here))
             apply_edit(model, here, edit)
     return model
+
+
+def kept_in_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers loads the parameter of this name in float32 where the model's dtype is this one."""
+    kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        kept += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in kept)
 
 
 def own_shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -75,8 +85,8 @@ def submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _name_in(model: Any, name: str) -> str | None:
-    """The structure's name as this class knows it; None for a head that a base model does not have."""
+def name_in(model: Any, name: str) -> str | None:
+    """The structure's name as this class knows it; None for a part that this class does not have, and the saved one has."""
     prefix = model.base_model_prefix
     if submodule(model, name) is not None:
         return name
@@ -85,7 +95,8 @@ def _name_in(model: Any, name: str) -> str | None:
     inner = name.removeprefix(f"{prefix}.")
     if inner != name and submodule(model, inner) is not None:
         return inner
-    if inner == name and not hasattr(model, prefix):
+    saved_as = getattr(model.config, "architectures", None) or [type(model).__name__]
+    if type(model).__name__ not in saved_as:
         return None
     raise CompressionError(
         f"structure: there is no module {shown(name)} in {type(model).__name__}; load the checkpoint with the architecture it "
@@ -97,9 +108,9 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
     """Known kinds and fields only; sizes positive and no larger than the config's own."""
 
     def refuse(what: str) -> None:
-        raise CompressionError(f"structure: {name}: {what}; the checkpoint is damaged or not made by hfcompress.")
+        raise CompressionError(f"structure: {shown(name)}: {what}; the checkpoint is damaged or not made by hfcompress.")
 
-    if not isinstance(edit, dict) or edit.get("kind") not in (*KINDS, "counts"):
+    if not isinstance(edit, dict) or not isinstance(edit.get("kind"), str) or edit["kind"] not in (*KINDS, "counts"):
         refuse(f"unknown edit {shown(edit)}, possible kinds are {', '.join(KINDS)}, counts")
     fields = {key: value for key, value in edit.items() if key != "kind"}
     if edit["kind"] == "counts":

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional
 
 from hfcompress.checkpoint.errors import shown
 
@@ -48,16 +48,22 @@ class Kind:
     @classmethod
     def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
         """What is wrong with fields that a checkpoint names; None if nothing is. `limits`: of each size, and of `rank`."""
+        own = {size: value for size in cls.sizes if type(value := fields.get(size)) is int}
         for key, value in fields.items():
             if key not in cls.names:
                 return f"{shown(key)} is not allowed: {cls.type_name} has {', '.join(cls.names)}"
             if key in limits:
                 if type(value) is not int or not 0 < value <= limits[key]:
                     return f"{key} = {shown(value)} is not an integer from 1 to {limits[key]}"
-            elif not cls.allows(key, value, limits):
+            elif not cls.allows(key, value, limits | own):
                 return f"{key} = {shown(value)} is not allowed"
         missing = sorted(set(cls.names) - set(fields))
         return f"{', '.join(missing)} missing" if missing else None
+
+    def damage(self: Any) -> str | None:
+        """What is wrong with the tensors that a checkpoint gave it beside its parameters; None if nothing is. No kernel may
+        read them before: those of bitsandbytes trust sizes, and read past the end."""
+        return None
 
     def dequantised(self: Any) -> Tensor:
         """The dense weight it computes with: (out, in), or (rows, columns) of a table."""
@@ -71,11 +77,16 @@ class Kind:
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of anything that maps features: Linear, Conv1D (whose weight is (in, out)) or a stand-in; (rows, columns) of a
     table."""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
+    if is_conv1d(module):
+        return module.nx, module.nf  # type: ignore[return-value]
     if hasattr(module, "num_embeddings"):
         return module.num_embeddings, module.embedding_dim  # type: ignore[return-value]
     return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D; asked by name, as whoever loads other layers need not import it."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def dense_fields(module: Any) -> dict[str, Any]:
@@ -84,9 +95,17 @@ def dense_fields(module: Any) -> dict[str, Any]:
     return {"in_features": into, "out_features": out, "bias": getattr(module, "bias", None) is not None}
 
 
+class PlainLinear(nn.Linear):
+    """A Linear that computes in the dtype of its input, as layers of codes do, whatever its weight is stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)"""
+        return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear of this weight (out, in), which shares its memory."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer = PlainLinear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)

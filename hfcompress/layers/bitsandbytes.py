@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from hfcompress.layers.base import DTYPES, Kind, dense_fields, dense_linear, features
+from hfcompress.checkpoint.errors import shown
+from hfcompress.layers.base import DTYPES, Kind, dense_fields, dense_linear, features, is_conv1d
 
 THRESHOLD_LIMIT = 1000.0
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Linear4bit(Kind):
@@ -32,7 +33,7 @@ class Linear4bit(Kind):
             **dense_fields(layer),
             "quant_type": layer.weight.quant_type,
             "compress_statistics": bool(layer.weight.compress_statistics),
-            "compute_dtype": str(layer.compute_dtype).removeprefix("torch.") if layer.compute_dtype else None,
+            "compute_dtype": None if _follows_input(layer) else str(layer.compute_dtype).removeprefix("torch."),
         }
 
     @classmethod
@@ -64,6 +65,22 @@ class Linear4bit(Kind):
             "quant_type": isinstance(value, str) and value in ("nf4", "fp4"),
             "compute_dtype": value is None or (isinstance(value, str) and value in DTYPES),
         }[key]
+
+    @staticmethod
+    def damage(layer: Any) -> str | None:  # type: ignore[override]
+        weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
+        if state is None:
+            return "the scales of its codes are missing"
+        if wrong := _bad_tensor("its codes", weight.data, (layer.in_features * layer.out_features + 1) // 2, torch.uint8):
+            return wrong
+        size = (layer.out_features, layer.in_features)
+        if tuple(state.shape or ()) != size:
+            return f"shape = {shown(tuple(state.shape or ()))} beside its codes is not {size}"
+        if state.quant_type != weight.quant_type or state.quant_type not in ("nf4", "fp4"):
+            return f"quant_type = {shown(state.quant_type)} beside its codes is not nf4 or fp4"
+        if state.dtype not in DTYPES.values():
+            return f"dtype = {shown(state.dtype)} beside its codes is not one of {', '.join(DTYPES)}"
+        return _bad_scales(state, layer.in_features * layer.out_features)
 
     @staticmethod
     def dequantised(layer: Any) -> Tensor:  # type: ignore[override]
@@ -111,9 +128,19 @@ class Linear8bit(Kind):
         return key == "bias" and type(value) is bool
 
     @staticmethod
+    def damage(layer: Any) -> str | None:  # type: ignore[override]
+        scales = _row_scales(layer)
+        if scales is None:
+            return "SCB, the scales of its codes, is missing"
+        if wrong := _bad_tensor("its codes", layer.weight.data, layer.in_features * layer.out_features, torch.int8):
+            return wrong
+        if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
+            return f"its codes are {tuple(layer.weight.shape)}, not {(layer.out_features, layer.in_features)}"
+        return _bad_tensor("SCB, the scales of its codes,", scales, layer.out_features, torch.float32)
+
+    @staticmethod
     def dequantised(layer: Any) -> Tensor:  # type: ignore[override]
-        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-        return layer.weight.data.float() * (scales.float()[:, None] / 127)
+        return layer.weight.data.float() * (_row_scales(layer).float()[:, None] / 127)
 
     @staticmethod
     def export_form(layer: Any) -> nn.Module:  # type: ignore[override]
@@ -140,6 +167,9 @@ def frozen(layer: Any) -> nn.Module:
     """
     layer.source_cls = nn.Linear
     layer.support_avx512bf16_for_cpu = False
+    if type(layer).__name__ == Linear4bit.type_name and not layer.compute_type_is_set and not hasattr(layer, "_follows_input"):
+        layer._follows_input = True
+        layer.register_forward_pre_hook(_follow)
     if type(layer).__name__ == Linear8bit.type_name and not hasattr(layer, "_leading"):
         layer._leading, layer._many_dims, layer._clashes = None, False, False
         layer.register_forward_pre_hook(_flatten)
@@ -168,6 +198,52 @@ def quiet_casts() -> Iterator[None]:
         logger.removeFilter(quiet)
 
 
+def _follows_input(layer: Any) -> bool:
+    """Whether it computes in the dtype of its input, none having been asked for."""
+    return hasattr(layer, "_follows_input") or layer.compute_dtype is None
+
+
+def _row_scales(layer: Any) -> Any:
+    """(out,): bitsandbytes moves them at the first forward."""
+    scales = getattr(layer.weight, "SCB", None)
+    return layer.state.SCB if scales is None else scales
+
+
+def _bad_tensor(what: str, found: Any, count: int, dtype: torch.dtype) -> str | None:
+    """What is wrong with a tensor that should hold so many numbers of this dtype, none of them infinite or no number."""
+    if not isinstance(found, Tensor) or found.numel() != count or found.dtype != dtype:
+        told = f"{found.numel()} of {str(found.dtype).removeprefix('torch.')}" if isinstance(found, Tensor) else shown(found)
+        return f"{what} are {told}, not {count} of {str(dtype).removeprefix('torch.')}"
+    if dtype.is_floating_point and not bool(found.isfinite().all()):
+        return f"{what} hold infinite values, or values that are no numbers"
+    return None
+
+
+def _bad_scales(state: Any, count: int) -> str | None:
+    """What is wrong with the scales of 4-bit codes of so many weights, nested ones under double quantisation."""
+    if type(state.blocksize) is not int or state.blocksize not in BLOCKSIZES:
+        return f"blocksize = {shown(state.blocksize)} beside its codes is not one of {', '.join(map(str, BLOCKSIZES))}"
+    blocks, nested = -(count // -state.blocksize), state.state2
+    if wrong := _bad_tensor("quant_map, the values of its codes,", state.code, 16, torch.float32):
+        return wrong
+    from bitsandbytes.functional import get_4bit_type
+
+    if not torch.allclose(state.code, get_4bit_type(state.quant_type, device=state.code.device), atol=1e-6):
+        return f"quant_map, the values of its codes, are not those of {state.quant_type}, which kernels take for granted"
+    if nested is None:
+        return _bad_tensor("absmax, the scales of its codes,", state.absmax, blocks, torch.float32)
+    if type(nested.blocksize) is not int or nested.blocksize not in BLOCKSIZES:
+        return f"nested_blocksize = {shown(nested.blocksize)} is not one of {', '.join(map(str, BLOCKSIZES))}"
+    if nested.dtype not in DTYPES.values():
+        return f"nested_dtype = {shown(nested.dtype)} is not one of {', '.join(DTYPES)}"
+    return (
+        _bad_tensor("absmax, the scales of its codes,", state.absmax, blocks, torch.uint8)
+        or _bad_tensor("nested_absmax, the scales of its scales,", nested.absmax, -(blocks // -nested.blocksize), torch.float32)
+        or _bad_tensor("nested_quant_map, the values of its scales,", nested.code, 256, torch.float32)
+        or _bad_tensor("nested_offset", state.offset, 1, torch.float32)
+    )
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
@@ -175,12 +251,18 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _matrix(layer: Any) -> Tensor:
     """(out, in)"""
     weight = layer.weight.detach()
-    return weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+    return weight.T.contiguous() if is_conv1d(layer) else weight
 
 
 def _in_place_of(old: Any, new: Any) -> nn.Module:
     new.bias = old.bias
     return frozen(new.to(old.weight.device))
+
+
+def _follow(layer: Any, inputs: tuple[Any, ...]) -> None:
+    """Where no compute_dtype was asked for, bitsandbytes keeps that of the very first input: a model cast later would go on
+    computing in the dtype that it had before."""
+    layer.compute_dtype, layer.compute_type_is_set = inputs[0].dtype, True
 
 
 def _flatten(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers.base import Kind, dense_fields
@@ -39,6 +38,8 @@ class DenseConv1D(DenseLinear):
     def build(cls, **fields: Any) -> nn.Module:
         if not fields["bias"]:
             raise CompressionError("structure: a conv1d has bias: false, and transformers' Conv1D always has one.")
+        from transformers.pytorch_utils import Conv1D
+
         return Conv1D(fields["out_features"], fields["in_features"])
 
     @staticmethod

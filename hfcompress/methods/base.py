@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from hfcompress.calibration.batches import Batches
+from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.fields import Fields
+from hfcompress.checkpoint.quantizer import forget_reading
 
 Tick = Callable[[float], Mapping[str, Tensor] | None]
 """Called after every optimizer step with the progress of training, 0..1. Returns what is worth logging, a name to a scalar."""
@@ -107,10 +109,26 @@ class Method(Step):
         raise NotImplementedError
 
     def run(self, model: nn.Module, task: Any) -> None:
-        """`task`: a Task, any iterable of batches (dicts of tensors), or None for methods that need no data."""
+        """`task`: a Task, any iterable of batches (dicts of tensors), or None for methods that need no data.
+
+        Afterwards `model.save_pretrained` writes what loads.
+        """
         with self.applied(model, task if task is None or hasattr(task, "batches") else Batches(task)) as tick:
             if tick is not None:
                 tick(1.0)
+        leave_loadable(model, [self])
+
+
+def leave_loadable(model: Any, methods: Iterable[Method]) -> None:
+    """Have the config tell what methods made of the model, so that `save_pretrained` writes what loads.
+
+    A model that carries an adapter writes that adapter alone; a loss changes nothing.
+    """
+    if not getattr(model, "peft_config", None) and not all(method.replaces_loss for method in methods):
+        describe(model)
+        forget_reading(model)
+        # It is no longer the checkpoint that it came from: an adapter trained on it later must not name that as its base.
+        model.name_or_path = ""
 
 
 def every_method(of: type[Method] = Method) -> list[type[Method]]:

@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
+from hfcompress.checkpoint.structure import kept_in_float32
 from hfcompress.layers import DTYPES
 from hfcompress.methods.base import Method, Tick
 
 
 class Cast(Method):
-    """Store and compute what is dense in half precision; codes of low-bit layers stay as they are.
+    """Store and compute what is dense in half precision; codes of low-bit layers stay as they are, and so does what the
+    architecture must have in float32.
 
     Needs: a processor with that dtype for speed; without one it is slower.
     Buys: half of the memory of everything that is not quantised.
@@ -27,12 +30,15 @@ class Cast(Method):
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
-        for module in model.modules():
+        for prefix, module in model.named_modules():
             # Module.to would also convert the scales of quantised layers, and an 8-bit layer's codes.
-            for parameter in module.parameters(recurse=False):
+            for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(DTYPES[self.dtype])
+                    parameter.data = parameter.data.to(self._dtype_of(model, f"{prefix}.{name}"))
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                    setattr(module, name, buffer.to(DTYPES[self.dtype]))
+                    setattr(module, name, buffer.to(self._dtype_of(model, f"{prefix}.{name}")))
         model.config.dtype = DTYPES[self.dtype]  # type: ignore[union-attr]
+
+    def _dtype_of(self, model: nn.Module, name: str) -> torch.dtype:
+        return torch.float32 if kept_in_float32(model, name, DTYPES[self.dtype]) else DTYPES[self.dtype]

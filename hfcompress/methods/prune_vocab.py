@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.methods.base import Method, Tick
+from hfcompress.methods.base import Method, Tick, leave_loadable
 from hfcompress.methods.riding import check_together
 from hfcompress.surgery.modules import check_editable
 from hfcompress.surgery.vocabulary.embeddings import fixed_tokens, keep_tokens, named_tokens, vocabulary_size
@@ -102,6 +102,7 @@ class PruneVocab(Method):
                 )
         else:
             _become(processor, tokenizer, new)
+        leave_loadable(model, [self])
         log.info("prune_vocab: %d of %d tokens stay", len(keep), total)
 
     def _texts(self) -> list[str]:

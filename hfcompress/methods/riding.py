@@ -9,10 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hfcompress.calibration.batches import Batches
-from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.checkpoint.quantizer import forget_reading
-from hfcompress.methods.base import Method, Tick
+from hfcompress.methods.base import Method, Tick, leave_loadable
 from hfcompress.surgery.modules import copied
 
 
@@ -91,10 +89,3 @@ def riding(model: nn.Module, methods: list[Method] | tuple[Method, ...], task: A
 
         yield tick_all
     leave_loadable(model, methods)
-
-
-def leave_loadable(model: nn.Module, methods: Iterable[Method]) -> None:
-    """After training: have the config tell what methods made of the model, so that `save_pretrained` writes what loads."""
-    if not getattr(model, "_hf_peft_config_loaded", False) and not all(method.replaces_loss for method in methods):
-        describe(model)
-        forget_reading(model)

@@ -1,4 +1,4 @@
-"""The command line: run, list, copy, validate, schema, show, eval, compare, push."""
+"""The command line: run, list, copy, validate, schema, show, verify, eval, compare, push."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError, printable
 
 app = typer.Typer(
     help="Make Hugging Face Transformers smaller and faster.",
@@ -42,7 +42,8 @@ def main() -> None:
     try:
         app()
     except (CompressionError, OSError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error[/red] {escape(str(error))}")
+        told = "\n".join(printable(line) for line in str(error).splitlines())
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error[/red] {escape(told)}")
         sys.exit(1)
 
 
@@ -141,25 +142,40 @@ def schema() -> None:
 @app.command()
 def show(folder: Folder) -> None:
     """Print what was changed, layer by layer, and the table."""
+    from hfcompress.checkpoint.show import described, harmless
     from hfcompress.results.report import Report
 
     path = _folder(folder)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    told = config.get("quantization_config") or {}
-    console.print(f"{', '.join(config.get('architectures') or ['?'])}, {config.get('model_type')}", markup=False)
-    if told.get("quant_method") == "hfcompress":
-        table = Table("module", "what it is now", box=None)
-        for name, edit in told["modules"].items():
-            table.add_row(escape(name), escape(", ".join(str(v) if k == "kind" else f"{k} {v}" for k, v in edit.items())))
-        console.print(table)
-    elif told:
-        console.print(f"quantised with {told.get('quant_method')}; loads without hfcompress", markup=False)
-    else:
-        console.print("a plain transformers model: its own config tells everything; loads without hfcompress")
+    for line in described(path):
+        console.print(line if isinstance(line, str) else _changes(line), markup=False)
     if (path / "adapter").is_dir():
         console.print("a LoRA adapter lies in adapter/")
     if (path / "report.json").is_file():
-        console.print(Report.load(path / "report.json").table())
+        told = harmless(path / "report.json")
+        try:
+            console.print(Report.from_dict(told).table())
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise CompressionError(
+                f"{path / 'report.json'}: it is damaged, and holds no table; run the recipe again."
+            ) from error
+
+
+def _changes(rows: list[tuple[str, str]]) -> Table:
+    table = Table("module", "what it is now", box=None)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Check that a folder is the model that was saved: checksums, structure, every tensor."""
+    _no_library_bars()
+    from hfcompress.checkpoint.verify import verify as verified
+
+    values = verified(_folder(folder))
+    without = "whole, but nothing tells whether its values were changed: it has no checksums.json"
+    console.print(f"{folder}: {'whole, as it was saved' if values else without}", markup=False)
 
 
 @app.command("eval")

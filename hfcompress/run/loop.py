@@ -14,6 +14,7 @@ from typing import Any
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint import artifact
 from hfcompress.checkpoint.errors import CompressionError, explained
+from hfcompress.checkpoint.proof import prove
 from hfcompress.results import hub
 from hfcompress.results.card import write_card
 from hfcompress.results.plot import plot
@@ -180,7 +181,7 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, 
     whole = work / "artifact"
     shutil.rmtree(whole, ignore_errors=True)
     artifact.save(model, task.processor, whole)
-    artifact.prove(model, task.example(2, min(32, task.example_length)), whole)
+    prove(model, task.example(2, min(32, task.example_length)), whole)
     (whole / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     report.save(whole / "report.json")
     if find_spec("matplotlib"):

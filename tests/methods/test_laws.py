@@ -204,7 +204,7 @@ def check_reload(model: Any, kind: str, folder: Any) -> None:
     assert diff(rebuild(twin(model), diff(model))) == diff(model)
     once = auto(kind).from_pretrained(folder / "once")
     assert torch.equal(logits(once, kind), expected)
-    assert diff(once) == diff(model)
+    assert [told(edit, once.dtype) for edit in diff(once).items()] == [told(edit, once.dtype) for edit in diff(model).items()]
     assert getattr(once.config, "quantization_config", None) is None or once.config.quantization_config
     save(once, None, folder / "twice")
     assert torch.equal(logits(auto(kind).from_pretrained(folder / "twice"), kind), expected)
@@ -217,6 +217,13 @@ def check_reload(model: Any, kind: str, folder: Any) -> None:
     with torch.no_grad():
         body = getattr(once, once.base_model_prefix)(**batch).last_hidden_state
         assert torch.equal(base(**batch).last_hidden_state, body)
+
+
+def told(edit: tuple[str, Any], dtype: torch.dtype) -> tuple[str, Any]:
+    """bitsandbytes' own config can't say that a layer computes in the dtype of its input, which is the model's."""
+    name, fields = edit
+    same = {"compute_dtype": fields["compute_dtype"] or str(dtype).removeprefix("torch.")} if "compute_dtype" in fields else {}
+    return name, {**fields, **same}
 
 
 @pytest.mark.parametrize("kind", DECODERS)

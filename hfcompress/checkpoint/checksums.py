@@ -1,0 +1,78 @@
+"""Checksums of an artifact's weights, in a small file beside them: a value that was changed inside a tensor is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from hfcompress.checkpoint.errors import CompressionError, shown
+
+CHECKSUMS = "checksums.json"
+# Of config.json, what may be edited later without making another model of it.
+_NAMES = ("id2label", "label2id", "_name_or_path", "transformers_version")
+
+
+def write_checksums(folder: Path) -> None:
+    """Note the SHA-256 of every file of weights, and of what config.json says about the computation."""
+    files = {name: _of_file(folder / name) for name in _weights(folder)}
+    told = {"algorithm": "sha256", "config": _of_config(read_json(folder / "config.json")), "files": files}
+    (folder / CHECKSUMS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def check_checksums(folder: Path) -> bool:
+    """Whether there are checksums; CompressionError if something is not what they were taken of."""
+    if not (folder / CHECKSUMS).is_file():
+        return False
+    told = read_json(folder / CHECKSUMS)
+    files = told.get("files")
+    if not isinstance(files, dict) or not all(isinstance(one, str) for one in (told.get("config"), *files.values())):
+        raise _changed(folder / CHECKSUMS, "it holds no checksums")
+    if _of_config(read_json(folder / "config.json")) != told["config"]:
+        raise _changed(folder / "config.json", "it describes another model than was saved")
+    if different := sorted(set(files) ^ set(_weights(folder))):
+        what = "is missing" if different[0] in files else "was not saved with the others"
+        raise _changed(folder, f"{shown(different[0])} {what}")
+    for name in sorted(files):
+        if _of_file(folder / name) != files[name]:
+            raise _changed(folder / name, "it is not the file that was saved, its checksum is another")
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file maps; CompressionError where it is none."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise CompressionError(
+            f"{path}: it can't be read ({shown(said)}); download it again, or save the model again."
+        ) from error
+    if not isinstance(told, dict):
+        raise CompressionError(f"{path}: it holds {shown(told)}, not a mapping; download it again, or save the model again.")
+    return told
+
+
+def _changed(path: Path, what: str) -> CompressionError:
+    return CompressionError(
+        f"{path}: {what}; download the artifact again, or run its recipe again; after a change of your own, remove {CHECKSUMS}."
+    )
+
+
+def _weights(folder: Path) -> list[str]:
+    found = [*folder.glob("model*.safetensors"), *folder.glob("adapter/*.safetensors")]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _of_config(config: dict[str, Any]) -> str:
+    told = {key: value for key, value in config.items() if key not in _NAMES}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
