@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
 class CompressionError(ValueError):
     """Something the user can mend. The message says where, what was written, what is possible and what to do."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_password(message))
+
+
+def without_password(text: str) -> str:
+    """Addresses without the user and password in them, such as HF_ENDPOINT may hold."""
+    return re.sub(r"(?<=://)[^\s/@]*@", "", text)
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -35,7 +44,10 @@ def did_you_mean(word: str, possible: Iterable[str]) -> str:
     """` Did you mean 'x'?` where a possible word is close, else ` Possible: a, b, c.`; starts with a blank."""
     possible = sorted(possible)
     close = difflib.get_close_matches(word, possible, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else f" Possible: {', '.join(possible)}."
+    if close:
+        return f" Did you mean {shown(close[0])}?"
+    told = [shown(one)[1:-1] for one in possible[:60]] + ["..."] * (len(possible) > 60)
+    return f" Possible: {', '.join(told)}." if told else ""
 
 
 @contextmanager

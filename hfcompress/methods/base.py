@@ -61,6 +61,8 @@ class Method(Step):
     """Whether the model is not itself before training ends, so that no earlier checkpoint may replace the last one."""
     rides: ClassVar[bool] = True
     """Whether training may happen in its pause."""
+    writes: ClassVar[frozenset[str]] = frozenset()
+    """Its fields that name a file it writes, not one it reads."""
     tag: ClassVar[str] = ""
     """How the Hub calls models that it was applied to."""
 

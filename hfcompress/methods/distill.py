@@ -25,6 +25,7 @@ class Distill(Method):
 
     edits: ClassVar[frozenset[str]] = frozenset({"loss"})
     needs_training: ClassVar[bool] = True
+    writes: ClassVar[frozenset[str]] = frozenset({"cache"})
     tag: ClassVar[str] = "distillation"
 
     teacher: Any = Field(

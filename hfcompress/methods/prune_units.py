@@ -34,6 +34,7 @@ class UnitPruning(Method):
     needs_dense: ClassVar[bool] = True
     needs_units: ClassVar[bool] = True
     fades: ClassVar[bool] = True
+    writes: ClassVar[frozenset[str]] = frozenset({"save_scores"})
     tag: ClassVar[str] = "pruning"
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the units to cut, 0..1.")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.results.load_snippet import SNIPPET_END, SNIPPET_START, fenced, load_section
 
+ABSOLUTE = re.compile(r"/|~|file:|\\\\|[A-Za-z]:[/\\]")
+"""How a path begins that means something on one machine only."""
 TIMEOUT = 10  # seconds to wait for what a card can do without
 # Where a task of ours and the Hub's pipeline differ in name; None where the Hub has several, and the task can't tell which.
 PIPELINES = {"causal-lm": "text-generation", "masked-lm": "fill-mask", "seq2seq-lm": None}
@@ -33,6 +38,56 @@ def card_for(path: Path, repo_id: str) -> bytes:
     return str(card).encode()
 
 
+def recipe_for_others(path: Path) -> bytes:
+    """A recipe.yaml as strangers may read it: of paths on this machine only the last part, as they can't use the rest."""
+    return _without_paths(path.read_text(encoding="utf-8")).encode()
+
+
+def report_for_others(path: Path) -> bytes:
+    """A report.json without the paths that its folder's recipe names."""
+    recipe = path.with_name("recipe.yaml")
+    paths = _paths(recipe.read_text(encoding="utf-8")) if recipe.is_file() else set()
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return (json.dumps(_each(data, lambda text: _cut(text, paths)), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _without_paths(recipe_text: str) -> str:
+    paths = _paths(recipe_text)
+    if not paths:
+        return recipe_text
+    plain = _each(yaml.safe_load(recipe_text), lambda text: _last_part(text) if text in paths else text)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _paths(recipe_text: str) -> set[str]:
+    """The absolute paths among a recipe's values. CompressionError for what is no YAML."""
+    found: set[str] = set()
+    try:
+        _each(yaml.safe_load(recipe_text), lambda text: found.add(text) if ABSOLUTE.match(text) else None)
+    except yaml.YAMLError as error:
+        raise CompressionError("recipe.yaml: it is not valid YAML; mend it, or take it out of the folder.") from error
+    return found
+
+
+def _cut(text: str, paths: set[str]) -> str:
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, _last_part(path))
+    return text
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def _each(value: Any, change: Callable[[str], Any]) -> Any:
+    """The same plain data with every string changed."""
+    if isinstance(value, dict):
+        return {key: _each(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_each(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
+
+
 def write_card(
     folder: str | Path,
     *,
@@ -42,9 +97,11 @@ def write_card(
     task: Any,
     tags: Iterable[str] = (),
     license: str | None = None,
-    repo_id: str | None = None,
+    goal: dict[str, float | None] | None = None,
 ) -> None:
     """Write README.md, the model card, into the folder of a saved model (config.json must be there).
+
+    It names no path of this machine but the folder's, and that only as it was given, if it was relative.
 
     `report`: rows (step, score, megabytes, parameters), reference, markdown(), to_dict(). `task`: its name, an object
     or a dict with name and dataset. `tags`: of the methods applied. Without `license`
@@ -52,21 +109,24 @@ def write_card(
     """
     folder = Path(folder)
     # A model is written inside NAME.partial and moved when it is whole; the card names the place it will have.
-    place = repo_id or re.sub(r"\.partial(/.*)?$", "", folder.as_posix())
+    place = re.sub(r"\.partial(/.*)?$", "", folder.as_posix())
     name = place.rstrip("/").split("/")[-1]
+    paths = _paths(recipe_text)
     data = _metadata(name, base_model, task, license, list(dict.fromkeys(tags)), report.rows[-1].score or {})
     body = [
         f"# {name}",
         _summary(base_model, report),
-        load_section(folder, place),
+        load_section(folder, name if Path(place).is_absolute() else place),
         "## What was done",
-        "\n".join(f"{number}. {row.step}" for number, row in enumerate(report.rows[1:], start=1)) or "Nothing yet.",
+        "\n".join(f"{number}. {_cut(row.step, paths)}" for number, row in enumerate(report.rows[1:], start=1))
+        or "Nothing yet.",
         "## Measured",
-        report.markdown().strip(),
+        _cut(report.markdown().strip(), paths),
         _machine(report.to_dict().get("machine")),
+        *_goal(report, goal or {}),
         "## Recipe",
         "Run it again with `hfcompress run recipe.yaml`.",
-        fenced("yaml", recipe_text.strip()),
+        fenced("yaml", _without_paths(recipe_text).strip()),
     ]
     text = "\n\n".join(part for part in body if part)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
@@ -105,6 +165,15 @@ def _metadata(
         eval_results=results or None,
         **fields,
     )
+
+
+def _goal(report: Any, goal: dict[str, float | None]) -> list[str]:
+    """What was to be reached, and whether each part was."""
+    if not goal:
+        return []
+    missed = {part: " ".join(report.check_goal({part: wanted})) for part, wanted in goal.items()}
+    lines = [f"- {part} {wanted:g}: {f'missed. {missed[part]}' if missed[part] else 'met.'}" for part, wanted in goal.items()]
+    return ["## Goal", "\n".join(lines)]
 
 
 def _summary(base_model: str, report: Any) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
-from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.results.card import card_for
+from hfcompress.checkpoint.errors import CompressionError, shown, without_password
+from hfcompress.results.card import card_for, recipe_for_others, report_for_others
+from hfcompress.results.saved_files import LOCAL_ONLY, WEIGHTS, other_files, saved_files
 
-WORK_FILES = ["*.partial*", "checkpoint-*", "*/checkpoint-*"]
+log = logging.getLogger("hfcompress")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -65,16 +70,16 @@ def _whoami(repo_id: str, token: str | None) -> dict[str, Any]:
     try:
         return HfApi(token=token).whoami()
     except OfflineModeIsEnabled as error:
-        raise CompressionError(f"{where}: HF_HUB_OFFLINE is set; unset it, or leave the push out.") from error
+        raise CompressionError(f"{where}: HF_HUB_OFFLINE is set; unset it, or leave the push out.") from _told(error)
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise CompressionError(f"{where}: the Hub does not accept the token; {login} ({TOKENS}).") from error
-        raise CompressionError(f"{where}: {_reason(error)}; try again later, or leave the push out.") from error
+            raise CompressionError(f"{where}: the Hub does not accept the token; {login} ({TOKENS}).") from _told(error)
+        raise CompressionError(f"{where}: {_reason(error)}; try again later, or leave the push out.") from _told(error)
     except Exception as error:  # the HTTP library's own, an answer that is no JSON: each means no Hub at this address
         raise CompressionError(
             f"{where}: the Hub at {constants.ENDPOINT} can't be reached ({type(error).__name__}); check the network "
             "and HF_ENDPOINT, or leave the push out."
-        ) from error
+        ) from _told(error)
 
 
 def _writable(me: dict[str, Any]) -> list[str]:
@@ -97,8 +102,9 @@ def _writable(me: dict[str, Any]) -> list[str]:
 def push(folder: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
     """Upload a saved model in one commit, creating the repository if needed, and return its address.
 
-    The card's load snippet names the repository there; nothing in the folder changes. Weight files of an earlier push
-    that this model does not have are deleted in the same commit: `from_pretrained` might pick them.
+    Only the files of a saved model go up, and no link out of the folder is followed. Card, recipe and report name no path of
+    this machine there, and the card's load snippet names the repository; nothing in the folder changes. Weight files of an
+    earlier push that this model does not have are deleted in the same commit: `from_pretrained` might pick them.
 
     Raises `CompressionError`: what `check_push` finds, `private` for a repository that is public, any failed upload.
     """
@@ -106,18 +112,68 @@ def push(folder: str | Path, repo_id: str, private: bool = False, token: str | N
     if not (folder / "config.json").is_file():
         raise CompressionError(f"push: {str(folder)!r} has no config.json; name the folder of a saved model.")
     _owner(repo_id)
+    uploads = _uploads(folder, repo_id)
+    if others := other_files(folder):
+        log.info("not pushed, as no part of a saved model: %s", shown(", ".join(others), 300)[1:-1])
     again = shlex.join(["hfcompress", "push", str(folder), repo_id] + ["--private"] * private)
     try:
         check_push(repo_id, token)
-        return _upload(folder, repo_id, private, token or get_token())
+        return _upload(uploads, repo_id, private, token or get_token())
     except CompressionError as error:
         reason, cause = str(error).rstrip("."), error.__cause__
     except Exception as error:  # whatever broke, the user must hear that nothing is lost
         reason, cause = f"push to {repo_id!r}: {_reason(error)}", error
-    raise CompressionError(f"{reason}; {str(folder)!r} is whole: push it again with `{again}`.") from cause
+    raise CompressionError(f"{reason}; {str(folder)!r} is whole: push it again with `{again}`.") from _told(cause)
 
 
-def _upload(folder: Path, repo_id: str, private: bool, token: str | None) -> str:
+def is_pushed(folder: str | Path, repo_id: str, token: str | None = None) -> bool:
+    """Whether the repository holds the weights and the config of this folder: one commit brings all files or none."""
+    _owner(repo_id)
+    uploads = {
+        name: file for name, file in _uploads(Path(folder), repo_id).items() if name == "config.json" or _is_weight(name)
+    }
+    try:
+        info = HfApi(token=token or get_token()).model_info(repo_id, files_metadata=True)
+    except Exception:  # no such repository, or no Hub: a push will say which
+        return False
+    there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
+    return all(there.get(name) in (_sha256(file), _git_blob(file)) for name, file in uploads.items())
+
+
+def _is_weight(name: str) -> bool:
+    return WEIGHTS.fullmatch(name.split("/")[-1]) is not None
+
+
+def _sha256(file: Path | bytes) -> str:
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        for piece in iter(lambda: opened.read(2**22), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _git_blob(file: Path | bytes) -> str:
+    """git's name of a file's content; what is large has none, as only a pointer to it is in git."""
+    if isinstance(file, Path) and file.stat().st_size > 2**26:
+        return ""
+    content = file.read_bytes() if isinstance(file, Path) else file
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _uploads(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
+    """What goes up, by its name there: a file, or the bytes that stand for it."""
+    found: dict[str, Path | bytes] = {name: path for name, path in saved_files(folder).items() if name not in LOCAL_ONLY}
+    told: dict[str, Callable[[Path], bytes]] = {
+        "recipe.yaml": recipe_for_others,
+        "report.json": report_for_others,
+        "README.md": partial(card_for, repo_id=repo_id),
+    }
+    return found | {name: told[name](folder / name) for name in told if name in found}
+
+
+def _upload(uploads: dict[str, Path | bytes], repo_id: str, private: bool, token: str | None) -> str:
     api = HfApi(token=token)
     # None, not False: an organisation may make its repositories private by default.
     api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -127,20 +183,17 @@ def _upload(folder: Path, repo_id: str, private: bool, token: str | None) -> str
             f"push to {repo_id!r}: this repository exists and is public; "
             "make it private in its settings, or choose another name"
         )
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    names = list(filter_repo_objects(files, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, *WORK_FILES]))
-    stale = {sibling.rfilename for sibling in there.siblings or []} - set(names)
-    operations: list[Any] = [
-        CommitOperationDelete(name)
-        for name in sorted(stale)
-        if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)
-    ]
-    for name in names:
-        content = card_for(files[name], repo_id) if name == "README.md" else files[name]
-        operations.append(CommitOperationAdd(name, content))
+    stale = {sibling.rfilename for sibling in there.siblings or []} - set(uploads)
+    operations: list[Any] = [CommitOperationDelete(name) for name in sorted(stale) if WEIGHTS.fullmatch(name)]
+    operations += [CommitOperationAdd(name, content) for name, content in uploads.items()]
     # Not upload_folder: with Xet it commits a large folder in parts, and a half-pushed model is one that loads wrongly.
     api.create_commit(repo_id, operations, commit_message="Compressed with hfcompress")
-    return f"{api.endpoint}/{repo_id}"
+    return f"{without_password(api.endpoint)}/{repo_id}"
+
+
+def _told(cause: BaseException | None) -> BaseException | None:
+    """The cause, unless its own words may hold the password of HF_ENDPOINT."""
+    return cause if without_password(constants.ENDPOINT) == constants.ENDPOINT else None
 
 
 def _reason(error: BaseException) -> str:
@@ -156,6 +209,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError) and str(error):
         return " ".join(str(error).split()).rstrip(".")
     return f"the upload broke off ({type(chain[-1]).__name__})"
-
-
-# The model card

@@ -12,13 +12,18 @@ from transformers.models.auto import modeling_auto
 
 SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompress: end -->"
 
+INSTALL = "is on no package index yet: run `pip install .` in a checkout of its repository"
+"""How to get hfcompress. Cards say it, and nothing else does."""
+
 
 def load_section(folder: Path, name: str) -> str:
     """The part of a model card that loads this very folder, as `name`: a repository, or a path."""
     code, packages = load_code(folder, name)
     parts = [SNIPPET_START, "## Load it", fenced("python", code)]
-    if packages:
-        parts.append(f"It needs `pip install {' '.join(packages)}`.")
+    if others := [package for package in packages if package != "hfcompress"]:
+        parts.append(f"It needs `pip install {' '.join(others)}`.")
+    if "hfcompress" in packages:
+        parts.append(f"It needs hfcompress, which {INSTALL}.")
     return "\n\n".join([*parts, SNIPPET_END])
 
 

@@ -36,6 +36,9 @@ TaskOption = Annotated[
     typer.Option("--task", help="The task as YAML: '{name: text-classification, dataset: glue/sst2}'; its recipe's if absent."),
 ]
 
+GOAL_MISSED = 3
+"""The exit code of a run whose result is whole and missed its goal."""
+
 
 def main() -> None:
     """The entry point: a CompressionError is a sentence, not a traceback."""
@@ -53,20 +56,24 @@ def run(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in output_dir.")] = False,
     control: Annotated[bool, typer.Option("--control", help="Also train without the teacher, and compare.")] = False,
+    push_anyway: Annotated[bool, typer.Option("--push-anyway", help="Push even if the goal was missed.")] = False,
 ) -> None:
-    """Run a recipe, and leave a proven artifact."""
+    """Run a recipe, and leave a proven artifact. Exit code 3: it is made, and missed its goal."""
     _no_library_bars()
     from hfcompress.calibration.processes import processes
     from hfcompress.run.loop import compress
+    from hfcompress.run.output_folder import output_folder
     from hfcompress.run.recipe import Recipe, find_recipe
 
     chosen = Recipe.load(recipe, [*(overrides or []), *(["control=true"] if control else [])])
-    out = Path(chosen.output_dir or Path("out") / find_recipe(recipe).stem)
+    out = output_folder(chosen.output_dir if chosen.output_dir is not None else Path("out") / find_recipe(recipe).stem)
     is_main = processes().is_main_process
-    report = compress(chosen, out, overwrite=overwrite, tell=_tell if is_main else lambda line: None)
+    report = compress(chosen, out, overwrite=overwrite, tell=_tell if is_main else lambda line: None, push_anyway=push_anyway)
     if is_main:
         console.print(report.table())
         _summary(out, report, chosen)
+        if report.check_goal(chosen.goal_parts):
+            raise typer.Exit(GOAL_MISSED)
 
 
 def _no_library_bars() -> None:
@@ -81,7 +88,7 @@ def _tell(line: str) -> None:
 
 
 def _summary(out: Path, report: Any, recipe: Any) -> None:
-    for missed in report.check_goal(recipe.goal.model_dump(exclude_none=True) if recipe.goal else None):
+    for missed in report.check_goal(recipe.goal_parts):
         console.print(f"[yellow]goal missed[/yellow] {escape(missed)}")
     from hfcompress.results.load_snippet import load_code
 
@@ -124,10 +131,11 @@ def copy(
 
 @app.command()
 def validate(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Check a recipe whole, without running anything."""
+    """Check a recipe whole, and whether this machine can train so, without running anything."""
     from hfcompress.run.recipe import Recipe
 
     chosen = Recipe.load(recipe, overrides or [])
+    chosen.check_here()
     console.print(f"valid: {len(chosen.steps)} steps: {', '.join(step.key() for step in chosen.steps)}", markup=False)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,18 @@ from hfcompress.results import hub
 from hfcompress.results.card import write_card
 from hfcompress.results.plot import plot
 from hfcompress.results.report import Report, measure
+from hfcompress.results.saved_files import missing_files
+from hfcompress.run.inputs import INPUTS, changed_inputs, check_no_adapter, fingerprints, local_inputs
+from hfcompress.run.output_folder import (
+    check_free,
+    check_place,
+    clear_leftovers,
+    output_folder,
+    partial,
+    put_in_place,
+    reserved,
+    room_on_disk,
+)
 from hfcompress.run.recipe import Recipe
 from hfcompress.run.train import Train, transformers_set_seed
 from hfcompress.tasks import Task
@@ -28,29 +42,47 @@ log = logging.getLogger("hfcompress")
 Tell = Callable[[str], None]
 
 
-def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, tell: Tell = log.info) -> Report:
-    """Run a recipe, and leave a proven artifact in `output_dir`.
+def compress(
+    recipe: Recipe, output_dir: str | Path, overwrite: bool = False, tell: Tell = log.info, push_anyway: bool = False
+) -> Report:
+    """Run a recipe, leave a proven artifact in `output_dir`, and push it where the recipe says so and its goal was met.
 
     A run that was killed goes on after its last finished step when it is started again; the artifact is that of a run that
-    was not. Under several processes all of them train, and the first one measures and writes.
+    was not. An interrupted push is made up. Under several processes all of them train, and the first one measures and writes.
+    `push_anyway`: also push what missed the goal.
     """
-    out, state = Path(output_dir), processes()
-    if _is_done(out, recipe) and not overwrite:
-        tell(f"{out} holds the finished result of this very recipe; --overwrite runs it again")
-        return Report.load(out / "report.json")
-    _check_free(out, overwrite)
-    if recipe.push_to:
-        hub.check_push(recipe.push_to)
-    work = out.with_name(out.name + ".partial")
-    task = recipe.task
-    tell(f"reading {recipe.task.dataset}")
+    out, state = output_folder(output_dir), processes()
+    check_place(out, local_inputs(recipe))
+    with reserved(out, state.is_main_process), room_on_disk(out):
+        now = fingerprints(recipe)
+        if not overwrite and (finished := _finished(out, recipe, now)) is not None:
+            tell(f"{out} holds the finished result of this very recipe; --overwrite runs it again")
+            if state.is_main_process:
+                clear_leftovers(out, recipe.to_yaml())
+                _push(recipe, finished, out, push_anyway, tell, again=True)
+            return finished
+        check_free(out, overwrite)
+        recipe.check_here()
+        check_no_adapter(recipe)
+        if recipe.push_to:
+            hub.check_push(recipe.push_to)
+        report = _compress(recipe, out, overwrite, now, tell)
+        if state.is_main_process:
+            _push(recipe, report, out, push_anyway, tell)
+    return report
+
+
+def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], tell: Tell) -> Report:
+    """All that is computed: open, step by step, measure, save, prove."""
+    state, task, work = processes(), recipe.task, partial(out)
+    tell(f"reading {task.dataset}")
     task.open(recipe.model)
     if recipe.reference == 0 and _wants_original(recipe) and task.head_is_new(recipe.model):
         raise CompressionError(
             f"distill: the original, {recipe.model}, has no head for this task yet, and a random one teaches noise; "
             f"put a train step first, or name a fine-tuned teacher."
         )
-    model, report, done = _begin(recipe, task, work, overwrite, tell)
+    model, report, done = _begin(recipe, task, work, overwrite, now, tell)
     for number, step in list(enumerate(recipe.steps, start=1))[done:]:
         if number - 1 == recipe.reference:
             _keep_teacher(recipe, task, model)
@@ -65,49 +97,96 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
         _record(recipe, task, model, report, step.label, number, work, time.monotonic() - started, without)
     tell("saving, and proving it by a load in a fresh process")
     if state.is_main_process:
-        _finish(recipe, task, model, report, work, out)
+        _finish(recipe, task, model, report, out)
     state.wait_for_everyone()
-    if recipe.push_to and state.is_main_process:
-        tell(f"pushing to {recipe.push_to}")
-        tell(hub.push(out, recipe.push_to, private=recipe.private))
     return report
 
 
-def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) -> tuple[Any, Report, int]:
+def _finished(out: Path, recipe: Recipe, now: dict[str, str]) -> Report | None:
+    """The report of a finished run of this very recipe; CompressionError where it has lost files or read something else."""
+    told, report = out / "recipe.yaml", out / "report.json"
+    if not told.is_file() or not report.is_file() or told.read_bytes() != recipe.to_yaml().encode():
+        return None
+    if missing := missing_files(out):
+        raise CompressionError(
+            f"{out}: the finished result of this recipe there has lost {', '.join(missing[:3])}; pass --overwrite to "
+            f"make it anew."
+        )
+    if changed := changed_inputs(out, now):
+        raise CompressionError(
+            f"{out}: the finished result there was made from another content of {' and '.join(changed)}; pass --overwrite to "
+            f"make it anew, or choose another output_dir."
+        )
+    return Report.load(report)
+
+
+def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[str, str], tell: Tell) -> tuple[Any, Report, int]:
     """The model as it came and its row; or, after a crash, the model and the rows as they stood; and the steps done."""
     state = processes()
-    unfinished, report = work / "recipe.yaml", Report(reference=recipe.reference)
-    if unfinished.is_file() and (work / "report.json").is_file() and not overwrite:
-        report = Report.load(work / "report.json")
+    report = Report(reference=recipe.reference) if overwrite else _unfinished(recipe, work, now)
     done = max(0, len(report.rows) - 1)
-    if done and not _same_start(Recipe.load(str(unfinished)), recipe, done):
-        raise CompressionError(
-            f"{work}: an unfinished run of another recipe lies there, {done} steps done; "
-            f"finish it, choose another output_dir, or pass --overwrite."
-        )
     state.wait_for_everyone()
     transformers_set_seed(recipe.seed)
     if done:
         tell(f"going on after step {done}, where an earlier run stopped")
-        model = artifact.load(task, work / f"step-{done}")
-        if done >= recipe.reference:
-            first = model if done == recipe.reference else _reference(recipe, task, work)
-            first.to(state.device)
-            if state.is_main_process:
-                task.remember(first)
-            _keep_teacher(recipe, task, first)
-        _restore_tokens(task, work / f"step-{done}")
+        if state.is_main_process:  # later steps may have been mended
+            (work / "recipe.yaml.part").write_text(recipe.to_yaml(), encoding="utf-8")
+            (work / "recipe.yaml.part").replace(work / "recipe.yaml")
+        with _going_on(work):
+            model = artifact.load(task, work / f"step-{done}")
+            if done >= recipe.reference:
+                first = model if done == recipe.reference else _reference(recipe, task, work)
+                first.to(state.device)
+                if state.is_main_process:
+                    task.remember(first)
+                _keep_teacher(recipe, task, first)
+            _restore_tokens(task, work / f"step-{done}")
         return model.to(state.device), report, done
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        unfinished.write_text(recipe.to_yaml(), encoding="utf-8")
+        (work / INPUTS).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     report = Report(reference=recipe.reference)
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
     model = artifact.load(task, recipe.model).to(state.device)
     _record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
+
+
+def _unfinished(recipe: Recipe, work: Path, now: dict[str, str]) -> Report:
+    """What an earlier run of the same beginning has measured; empty if there was none that finished a step."""
+    told, rows = work / "recipe.yaml", work / "report.json"
+    if not told.is_file() or not rows.is_file():
+        return Report(reference=recipe.reference)
+    with _going_on(work):
+        report, theirs = Report.load(rows), Recipe.load(str(told))
+    if (done := len(report.rows) - 1) < 1:
+        return Report(reference=recipe.reference)
+    if not _same_start(theirs, recipe, done):
+        raise CompressionError(
+            f"{work}: an unfinished run of another recipe lies there, {done} steps done; "
+            f"finish it, choose another output_dir, or pass --overwrite."
+        )
+    if changed := changed_inputs(work, now):
+        raise CompressionError(
+            f"{work}: the unfinished run there began with another content of {' and '.join(changed)}; put that back, or pass "
+            f"--overwrite to begin anew."
+        )
+    return report
+
+
+@contextmanager
+def _going_on(work: Path) -> Iterator[None]:
+    """Whatever is wrong with what a killed run left behind, there is a way out."""
+    try:
+        yield
+    except (CompressionError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CompressionError(
+            f"{work}: the unfinished run there is damaged ({said}); pass --overwrite to begin anew, or remove that folder."
+        ) from error
 
 
 def _restore_tokens(task: Task, snapshot: Path) -> None:
@@ -176,18 +255,21 @@ def _record(
     state.wait_for_everyone()
 
 
-def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, out: Path) -> None:
+def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -> None:
     """Build the folder whole beside its place, prove it, and only then put it there."""
+    work = partial(out)
     whole = work / "artifact"
     shutil.rmtree(whole, ignore_errors=True)
     artifact.save(model, task.processor, whole)
     prove(model, task.example(2, min(32, task.example_length)), whole)
     (whole / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    if (work / INPUTS).is_file():
+        shutil.copyfile(work / INPUTS, whole / INPUTS)
     report.save(whole / "report.json")
     if find_spec("matplotlib"):
         plot(report, whole / "report.png")
     else:
-        log.info("no report.png, for want of matplotlib: pip install 'hfcompress[plots]'")
+        log.info("no report.png, for want of matplotlib: pip install matplotlib")
     write_card(
         whole,
         base_model=recipe.model,
@@ -195,12 +277,26 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, work: Path, 
         recipe_text=recipe.to_yaml(),
         task=task,
         tags=[method.tag for method in recipe.methods if method.tag],
-        repo_id=recipe.push_to,
+        goal=recipe.goal_parts,
     )
-    if out.exists():
-        shutil.rmtree(out)
-    whole.rename(out)
-    shutil.rmtree(work)
+    put_in_place(whole, out)
+
+
+def _push(recipe: Recipe, report: Report, out: Path, anyway: bool, tell: Tell, again: bool = False) -> None:
+    """Push what met its goal; `again`: unless an earlier run of the same command did."""
+    if not recipe.push_to:
+        return
+    if not anyway and (missed := report.check_goal(recipe.goal_parts)):
+        tell(
+            f"not pushed to {recipe.push_to}, as the goal was missed ({' '.join(missed)[:-1]}); "
+            f"--push-anyway pushes it all the same"
+        )
+        return
+    if again and hub.is_pushed(out, recipe.push_to):
+        tell(f"{recipe.push_to} holds it already")
+        return
+    tell(f"pushing to {recipe.push_to}")
+    tell(hub.push(out, recipe.push_to, private=recipe.private))
 
 
 def _same_start(one: Recipe, other: Recipe, steps: int) -> bool:
@@ -212,16 +308,3 @@ def _same_start(one: Recipe, other: Recipe, steps: int) -> bool:
 
 def _plain_steps(recipe: Recipe, steps: int) -> Any:
     return recipe.to_dict()["steps"][:steps]
-
-
-def _is_done(out: Path, recipe: Recipe) -> bool:
-    told = out / "recipe.yaml"
-    return told.is_file() and (out / "report.json").is_file() and told.read_text(encoding="utf-8") == recipe.to_yaml()
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise CompressionError(
-            f"output_dir {str(out)!r}: something else lies there; choose another output_dir=..., "
-            f"or pass --overwrite to replace it."
-        )

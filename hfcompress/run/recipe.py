@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import yaml
 from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
 
-from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean, shown
 from hfcompress.checkpoint.fields import Fields
 from hfcompress.methods import METHODS, Method, Step
 from hfcompress.methods.riding import check_together
 from hfcompress.run.overrides import apply_override
-from hfcompress.run.safe_yaml import read_yaml
+from hfcompress.run.safe_yaml import MOST_BYTES, read_yaml
 from hfcompress.run.train import Train
 from hfcompress.tasks import TASKS, Task
 
+MOST_MISTAKES = 40
+"""So many are shown at once."""
 STEPS: dict[str, type[Step]] = {Train.key(): Train, **METHODS}
 
 
@@ -51,10 +54,27 @@ class Recipe(Fields):
         return 0
 
     @property
+    def goal_parts(self) -> dict[str, float | None]:
+        """The parts of the goal that were asked for, as reports judge them."""
+        return self.goal.model_dump(exclude_none=True) if self.goal else {}
+
+    @property
     def methods(self) -> tuple[Method, ...]:
         """Every method, those that ride along with training included."""
         each = (step.riders if isinstance(step, Train) else (step,) for step in self.steps)
         return tuple(one for several in each for one in several if isinstance(one, Method))
+
+    def check_here(self) -> None:
+        """CompressionError with what this machine can't do of a recipe that is right in itself, a line a step."""
+        mistakes = []
+        for number, step in enumerate(self.steps):
+            try:
+                if isinstance(step, Train):
+                    step.check_here()
+            except CompressionError as error:
+                mistakes.append(f"steps.{number}: {error}")
+        if mistakes:
+            raise CompressionError("\n".join(mistakes))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without what is at its default. `Recipe.from_dict(recipe.to_dict()) == recipe`."""
@@ -72,7 +92,9 @@ class Recipe(Fields):
         if not isinstance(raw, dict):
             raise CompressionError(f"{where}: a recipe is a mapping with model, task and steps, not {type(raw).__name__}.")
         mistakes: list[str] = []
-        raw = dict(raw)
+        raw = _words_only(raw, "recipe", cls, mistakes)
+        if isinstance(raw.get("goal"), dict):
+            raw["goal"] = _words_only(raw["goal"], "goal", Goal, mistakes)
         if isinstance(raw.get("steps"), list):
             raw["steps"] = tuple(
                 _read_step(step, f"steps.{number}", STEPS, mistakes) for number, step in enumerate(raw["steps"])
@@ -83,6 +105,11 @@ class Recipe(Fields):
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
             mistakes += _label_mistakes(raw["task"], raw.get("steps"))
+        elif "task" in raw and not isinstance(raw["task"], Task):
+            mistakes.append(
+                f"task: it must be a mapping, as in {{name: causal-lm, dataset: my.txt}}, not {shown(raw['task'])}."
+            )
+            raw["task"] = None
         raw = (
             {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
         )
@@ -92,14 +119,16 @@ class Recipe(Fields):
             told = {line.partition(":")[0].partition(".")[0] for line in mistakes}
             mistakes += [m for m in _sentences(error, "", cls) if m.partition(":")[0] not in told]
         if mistakes:
-            raise CompressionError("\n".join(f"{where}: {mistake}" for mistake in mistakes))
+            more = [f"and {len(mistakes) - MOST_MISTAKES} more mistakes."] if len(mistakes) > MOST_MISTAKES else []
+            raise CompressionError("\n".join(f"{where}: {mistake}" for mistake in mistakes[:MOST_MISTAKES] + more))
         return recipe
 
     @classmethod
     def load(cls, name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         """A YAML file, or a recipe that ships with hfcompress by its name; `overrides` as `steps.1.train.epochs=2`."""
         path = find_recipe(name_or_path)
-        raw = read_yaml(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            raw = read_yaml(file.read(MOST_BYTES + 1), shown(str(path), 200)[1:-1])
         for override in overrides:
             apply_override(raw, override, cls.model_fields)
         return cls.from_dict(raw, path.name)
@@ -124,12 +153,13 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name_or_path: str) -> Path:
     shipped = shipped_recipes()
     path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file it takes a name that is too long for a name that is not there
         return path
     if name_or_path in shipped:
         return shipped[name_or_path]
     raise CompressionError(
-        f"recipe {name_or_path!r}: there is no such file and no shipped recipe of that name." + did_you_mean(path.stem, shipped)
+        f"recipe {shown(name_or_path)}: there is no such file and no shipped recipe of that name."
+        + did_you_mean(path.stem, shipped)
     )
 
 
@@ -142,15 +172,17 @@ def _read_step(raw: Any, where: str, table: dict[str, Any], mistakes: list[str])
     if isinstance(raw, str):
         raw = {raw: {}}
     if not isinstance(raw, dict) or len(raw) != 1:
-        mistakes.append(f"{where}: a step is one name with its fields, as in `- prune_heads: {{ratio: 0.3}}`, not {raw!r}.")
+        mistakes.append(
+            f"{where}: a step is one name with its fields, as in `- prune_heads: {{ratio: 0.3}}`, not {shown(raw)}."
+        )
         return None
     ((key, fields),) = raw.items()
     if key not in table:
-        mistakes.append(f"{where}: unknown method {key!r}.{did_you_mean(str(key), table)}")
+        mistakes.append(f"{where}: unknown method {shown(key)}.{did_you_mean(str(key), table)}")
         return None
     fields = {} if fields is None else fields
     if not isinstance(fields, dict):
-        mistakes.append(f"{where}.{key}: its fields must be a mapping, as in {{ratio: 0.3}}, not {fields!r}.")
+        mistakes.append(f"{where}.{key}: its fields must be a mapping, as in {{ratio: 0.3}}, not {shown(fields)}.")
         return None
     fields, before = dict(fields), len(mistakes)
     if key == Train.key() and "with" in fields:
@@ -166,13 +198,24 @@ def _read_step(raw: Any, where: str, table: dict[str, Any], mistakes: list[str])
 
 def _read_task(raw: dict[str, Any], mistakes: list[str]) -> Task | None:
     name = raw.get("name")
-    if name not in TASKS:
-        mistakes.append(f"task: unknown task name {name!r}.{did_you_mean(str(name), TASKS)}")
+    if not isinstance(name, str) or name not in TASKS:
+        mistakes.append(f"task: unknown task name {shown(name)}.{did_you_mean(str(name), TASKS)}")
         return None
     return _validated(TASKS[name], {key: value for key, value in raw.items() if key != "name"}, "task", mistakes)
 
 
-def _validated(cls: Any, fields: dict[str, Any], where: str, mistakes: list[str]) -> Any:
+def _words_only(raw: dict[Any, Any], where: str, cls: Any, mistakes: list[str]) -> dict[str, Any]:
+    """Without keys that are numbers, which are noted: fields have names."""
+    for key in (key for key in raw if not isinstance(key, str)):
+        mistakes.append(f"{where}: unknown key {shown(key)}.{did_you_mean(str(key), cls.model_fields)}")
+    return {key: value for key, value in raw.items() if isinstance(key, str)}
+
+
+def _validated(cls: Any, fields: dict[Any, Any], where: str, mistakes: list[str]) -> Any:
+    before = len(mistakes)
+    fields = _words_only(fields, where, cls, mistakes)
+    if len(mistakes) > before:
+        return None
     try:
         return cls.model_validate(fields)
     except ValidationError as error:
@@ -184,19 +227,18 @@ def _sentences(error: ValidationError, where: str, cls: Any) -> list[str]:
     """One sentence a mistake: where, what was written, what is possible."""
     lines = []
     for one in error.errors():
-        place = ".".join(str(part) for part in (where, *one["loc"]) if part != "")
+        place = ".".join(part if len(part) <= 80 else shown(part) for part in map(str, (where, *one["loc"])) if part != "")
         if one["type"] == "extra_forbidden":
             owner = Goal if "goal" in one["loc"][:-1] else cls
             possible = [field.alias or name for name, field in owner.model_fields.items()]
-            key = str(one["loc"][-1])
-            lines.append(
-                f"{place.removesuffix(key).rstrip('.') or 'recipe'}: unknown key {key!r}.{did_you_mean(key, possible)}"
-            )
+            key, above = str(one["loc"][-1]), ".".join(map(str, (where, *one["loc"][:-1]))).strip(".")
+            lines.append(f"{above or 'recipe'}: unknown key {shown(key)}.{did_you_mean(key, possible)}")
         elif one["type"] == "missing":
             lines.append(f"{place}: this key is missing; {_help(cls, one['loc'])}")
         else:
-            message = one["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(one["input"], dict) else f" = {one['input']!r}"
+            message = one["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ") or "this can't be"
+            message = message if len(message) <= 600 else f"{message[:400]}…{message[-100:]}"
+            given = "" if isinstance(one["input"], dict) else f" = {shown(one['input'])}"
             lines.append(f"{place}{given}: {message[0].lower() + message[1:]}{'' if message[-1] in '.?' else '.'}")
     return lines
 

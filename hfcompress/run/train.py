@@ -12,14 +12,16 @@ import torch
 from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hfcompress.calibration.batches import foretells_next
-from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean, shown
 from hfcompress.methods import Distill
 from hfcompress.methods.base import Method, Step
 from hfcompress.methods.riding import riding
 from hfcompress.run.callback import Ticking, check_riders, shards
+from hfcompress.run.training_values import value_mistake
 
 # What the recipe decides itself: where things lie, and which process does what.
 _OURS = frozenset({"output_dir", "push_to_hub", "hub_model_id", "hub_token", "resume_from_checkpoint", "local_rank"})
@@ -54,11 +56,13 @@ class Train(Step):
             raise ValueError("num_train_epochs is called epochs here; write epochs")
         for name in set(given) - {"epochs", "with", "riders"}:
             if name not in known:
-                raise ValueError(f"unknown key {name!r}.{did_you_mean(name, ['epochs', 'with', *known])}")
+                raise ValueError(f"unknown key {shown(name)}.{did_you_mean(name, ['epochs', 'with', *known])}")
             try:
                 given[name] = TypeAdapter(known[name]).validate_python(given[name])
             except ValidationError as error:
-                raise ValueError(f"{name} = {given[name]!r}: {error.errors()[0]['msg']}") from error
+                raise ValueError(f"{name} = {shown(given[name])}: {error.errors()[0]['msg']}") from error
+            if mistake := value_mistake(name, given[name]):
+                raise ValueError(mistake)
         return given
 
     def __str__(self) -> str:
@@ -80,15 +84,37 @@ class Train(Step):
         """With this seed, unless it has one of its own."""
         return self if "seed" in (self.model_extra or {}) else self.model_copy(update={"seed": seed})
 
+    def check_here(self) -> None:
+        """Build what training builds without a model, so that what this machine can't do is found before anything runs.
+
+        CompressionError: an optimizer, schedule, tracker or precision that needs what is not here; arguments that don't fit.
+        """
+        try:
+            arguments = self.arguments("unused")
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+            plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+            more: Any = arguments.lr_scheduler_kwargs or {}
+            get_scheduler(arguments.lr_scheduler_type, plain, 1, 10, scheduler_specific_kwargs=more)
+            for tracker in get_reporting_integration_callbacks(arguments.report_to):
+                tracker()
+        except CompressionError:
+            raise
+        except Exception as error:  # transformers, torch and the trackers all have errors of their own here
+            said = " ".join((str(error).strip() or type(error).__name__).split())
+            raise CompressionError(
+                f"train: {said[:400].rstrip('.')}; change that argument, or mend it on this machine."
+            ) from error
+        if (self.model_extra or {}).get("use_cpu") is False and not torch.accelerator.is_available():
+            raise CompressionError(
+                "train: use_cpu: false asks for an accelerator, and none is visible here; leave use_cpu out."
+            )
+        _check_whole(arguments)
+
     def run(self, model: nn.Module, task: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="hfcompress-train-") as folder:
             arguments = self.arguments(folder)
             transformers_set_seed(arguments.seed)
-            if shards(arguments):
-                raise CompressionError(
-                    "train: FSDP would leave the model in pieces, and the steps of a recipe need it whole; "
-                    "use DistributedDataParallel, or distil under FSDP in a script of your own."
-                )
+            _check_whole(arguments)
             check_riders(self.riders, arguments)
             trained = any(parameter.requires_grad for parameter in model.parameters())
             if not trained and not any(rider.adds_parameters for rider in self.riders):
@@ -116,6 +142,14 @@ class Train(Step):
         return TrainingArguments(
             output_dir=output_dir,
             **{**defaults, **(self.model_extra or {}), "num_train_epochs": self.epochs, "disable_tqdm": True},
+        )
+
+
+def _check_whole(arguments: TrainingArguments) -> None:
+    if shards(arguments):
+        raise CompressionError(
+            "train: FSDP would leave the model in pieces, and the steps of a recipe need it whole; "
+            "use DistributedDataParallel, or distil under FSDP in a script of your own."
         )
 
 

@@ -333,7 +333,16 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"id": repo_id, "modelId": repo_id, "sha": sha, "private": repo.private, "cardData": data}
         answer |= {"author": repo_id.split("/")[0], "tags": data.get("tags", []), "gated": False, "disabled": False}
         answer |= {key: data[key] for key in ("pipeline_tag", "library_name") if key in data}
-        self._send(200, answer | {"siblings": [{"rfilename": path} for path in sorted(files)]})
+        siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(files)]
+        if self.query.get("blobs"):
+            for sibling, (path, data) in zip(siblings, sorted(files.items()), strict=True):
+                large = (
+                    {"lfs": {"sha256": _sha256(data), "size": len(data), "pointerSize": 134}}
+                    if _is_large(path, len(data))
+                    else {}
+                )
+                sibling |= {"blobId": _git_sha(data), "size": len(data), **large}
+        self._send(200, answer | {"siblings": siblings})
 
     def tree(self, repo_id: str, revision: str, path: str) -> None:
         _, files = self._repo(repo_id).at(revision)

@@ -337,8 +337,6 @@ def test_an_output_folder_that_holds_something_else_is_not_touched(place: Path) 
         f"replace it."
     )
     assert (place / "taken" / "thesis.tex").read_text() == "years of work"
-    compress(recipe(place, steps=["cast"]), place / "taken", overwrite=True)
-    assert not (place / "taken" / "thesis.tex").exists()
 
 
 def test_an_unfinished_run_of_another_recipe_is_not_overwritten(place: Path) -> None:
