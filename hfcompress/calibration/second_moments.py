@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from hfcompress.calibration.batches import MakeBatches, evaluating, given, told
 from hfcompress.calibration.expert_inputs import alive, lanes_read
 from hfcompress.calibration.layerwise import Paused
+from hfcompress.calibration.processes import processes
+from hfcompress.calibration.progress import progress
 from hfcompress.surgery.units.spans import Span, Units, channel_axis
 
 DAMPING = 0.01
@@ -117,6 +119,7 @@ def _in_order(
     """All runs walk to the same projection, and are seen; when all have been there as often as they will, it is done."""
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     at = {run: run.step() for run in runs}
+    bar = progress(what="calibrating", total=len(times), shown=processes().is_main_process)
     while +times and (reached := {name for name in at.values() if name is not None}):
         # MakeXX in their way only where tokens choose it: then the first place in the model goes first.
         name = min(reached, key=order.__getitem__)
@@ -127,8 +130,10 @@ def _in_order(
             times[name] -= 1
             if not times[name]:
                 done(name)
+                bar.update()
         for run in here if +times else ():
             at[run] = run.step()
+    bar.close()
 
 
 def rows_read(

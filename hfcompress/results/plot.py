@@ -37,7 +37,7 @@ def plot(report: Report, path: str | Path) -> None:
         ("weights on disk, megabytes", [row.megabytes for row in report.rows]),
         (
             f"latency at batch {batch[1:]}, least of several runs, milliseconds",
-            [row.latency_ms.get(batch, {}).get("min") for row in report.rows],
+            [row.latency_ms[batch]["min"] if batch in row.latency_ms else None for row in report.rows],
         ),
     ]
     points = [_panel(axes, report, label, values) for axes, (label, values) in zip(panels, across, strict=True)]
