@@ -26,12 +26,12 @@ class _Lines(tqdm):
     """What a bar would show, in lines that stay."""
 
     def __str__(self) -> str:
-        told = self.format_dict
-        if not self.total:
-            share = f"{self.n} done"
-        else:
-            left = (self.total - self.n) / told["rate"] if told["rate"] else told["elapsed"] * (self.total - self.n) / self.n
-            share = f"{100 * self.n / self.total:.0f} % done, {self.format_interval(left)} left"
+        share = f"{self.n} done"
+        if self.total:
+            share = f"{100 * self.n / self.total:.0f} % done"
+            if self.n:
+                pace = self.format_dict["rate"] or self.n / self.format_dict["elapsed"]
+                share += f", {self.format_interval((self.total - self.n) / pace)} left"
         return f"{self.desc.removesuffix(': ')}: {share}" + (f", {self.postfix}" if self.postfix else "")
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

@@ -679,13 +679,33 @@ def test_plot_numbers_keep_apart() -> None:
     figure = Figure(figsize=(6, 4), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    points = _panel(axes, report, "ms", [one.latency_ms["b8"]["min"] for one in report.rows])
+    points = _panel(axes, report, "ms", lambda one: one.latency_ms["b8"]["min"])
     axes.set_ylim(0.9, 1.0)
     figure.draw_without_rendering()
     _number(axes, points)
     boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]  # without leader lines
     assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4", "5", "6"]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_scale_of_a_plot_is_that_of_what_was_compressed() -> None:
+    from matplotlib.figure import Figure
+
+    from hfcompress.results.plot import _legend, _pace, _panel
+
+    report = full()
+    figure = Figure()
+    axes = figure.subplots()
+    points = _panel(axes, report, "ms", lambda one: _pace(one, report, "b8"))
+    assert [number for number, _, _ in points] == [2, 3, 4, 5], "an untrained head at 0.312 is left out"
+    low, high = axes.get_ylim()
+    assert 0.95 < low < 0.958 and 0.972 < high < 0.98
+    _legend(figure, report)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[:3] == ["1  as it came (0.312, off the scale)", "2  train (reference)", "… in bfloat16 (reference)"]
+    assert points[-1][1] == pytest.approx(101.0 / 5.0), "milliseconds are those of turns with the reference"
+    near = Report(row("as it came", 10.0, 100.0, 0.960), *report.rows[1:], reference=1, on={})
+    assert [number for number, _, _ in _panel(figure.subplots(), near, "ms", lambda one: one.megabytes)] == [1, 2, 3, 4, 5]
 
 
 def test_plot_without_matplotlib_or_rows_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
