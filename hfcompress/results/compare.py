@@ -34,25 +34,26 @@ class Comparison:
 
     def verdict(self, batch: str) -> str:
         """What may be claimed: "B is 2.1x faster (1.9x to 2.2x)" or "no significant difference"."""
-        return self._verdict(batch, self.names[1])
+        told = self._claim(batch)
+        return f"{self.names[1]} is {told}" if self.latency_ms[batch]["significant"] else told
 
-    def _verdict(self, batch: str, name: str) -> str:
+    def _claim(self, batch: str) -> str:
         found = self.latency_ms[batch]
         if not found["significant"]:
             return "no significant difference"
         ratio, (low, high), word = found["ratio"]["median"], found["interval"], "faster"
         if ratio < 1:
             ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, "slower"
-        return f"{name} is {as_times(ratio)} {word} ({as_times(low)} to {as_times(high)})"
+        return f"{as_times(ratio)} {word} ({as_times(low)} to {as_times(high)})"
 
     def table(self) -> Fitted:
         """For a console of any width."""
         caption = "Times are least (median), the models taking turns."
-        return Fitted((self._cells(most) for most in (10**9, 40, 24, 16, 10)), caption)
+        return Fitted((self._cells(most) for most in (None, 40, 24, 16, 10)), caption)
 
-    def _cells(self, most: int) -> tuple[list[str], list[list[str]]]:
-        """Names in so many characters."""
-        names = [shortened(name, most) for name in self.names]
+    def _cells(self, most: int | None) -> tuple[list[str], list[list[str]]]:
+        """All there is; or names in so many characters, the second of them said above its column only."""
+        names = [shortened(name, most) if most else name for name in self.names]
         a, b = self.megabytes
         rows = [
             ["params", *map(as_count, self.parameters), ""],
@@ -60,7 +61,7 @@ class Comparison:
         ]
         for batch, found in self.latency_ms.items():
             times = [f"{found[side]['min']:.2f} ({found[side]['median']:.2f})" for side in ("a", "b")]
-            rows.append([f"ms, batch {batch[1:]}", *times, self._verdict(batch, names[1])])
+            rows.append([f"ms, batch {batch[1:]}", *times, self._claim(batch) if most else self.verdict(batch)])
         for name, then in self.score[0].items():
             now = self.score[1].get(name)
             gain = "" if now is None or then is None else f"{now - then:+.4f}"

@@ -172,7 +172,9 @@ class Report:
     def legend(self, narrow: bool = False) -> str:
         """How to read the cells, and the notes of the rows. `narrow`: the table is shown without medians."""
         reference, last = self._pair()
-        told = [f"Ratios: times smaller or faster than “{reference.step}”; differences are to it too."]
+        told = []
+        if len(self.rows) > 1:
+            told.append(f"Ratios: times smaller or faster than “{reference.step}”; differences are to it too.")
         told.append("Times: least of several runs." if narrow else "Times: least (median).")
         examples = {gain["examples"] for row in self.rows for gain in row.gains.values()}
         if examples:

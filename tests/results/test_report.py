@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.results import measure as measuring
-from hfcompress.results.compare import _in_turns, compare
+from hfcompress.results.compare import Comparison, _in_turns, compare
 from hfcompress.results.plot import plot
 from hfcompress.results.ratios import slower
 from hfcompress.results.report import Report, Row, machine, measure, weigh
@@ -588,6 +588,20 @@ def test_what_was_asked_for_is_never_cut_off() -> None:
         lines = rendered(Report(one, on={}), width)
         assert lines[0].split()[-1] == "perplexity" and lines[1].endswith("12345.68") and len(lines[1]) <= width
         assert "of-the-BBC" in lines[1], "the end of a path tells which it is"
+
+
+def test_long_names_leave_room_for_a_comparison() -> None:
+    names = ("microsoft/a-model-with-a-very-long-name-indeed-v1", "out/a-model-with-a-very-long-name-indeed-compressed")
+    sides = {"a": {"min": 24.0, "median": 24.5}, "b": {"min": 12.0, "median": 12.2}}
+    told = {**sides, "ratio": {"min": 2.0, "median": 2.0}, "interval": [1.9, 2.1], "significant": True}
+    found = Comparison(names, (10, 10), (4.0, 2.0), ({"accuracy": 0.9}, {"accuracy": 0.8}), {"b8": told}, ({}, {}), {})
+    lines = rendered(found, 80)
+    assert all(len(line) <= 80 for line in lines) and [line.split()[0] for line in lines[1:4]] == ["params", "MB", "ms,"]
+    assert lines[3].endswith("12.00 (12.20)  2.0x faster (1.90x to 2.1x)") and "0.8000" in lines[4]
+    assert all(name in rendered(found, 250)[0] for name in names)
+    assert rendered(found, 250)[3].endswith(f"{names[1]} is 2.0x faster (1.90x to 2.1x)")
+    narrow = rendered(found, 60)
+    assert all(len(line) <= 60 for line in narrow) and {"0.9000", "0.8000", "12.00", "24.00"} <= set(" ".join(narrow).split())
 
 
 def test_a_report_without_its_reference_is_told() -> None:

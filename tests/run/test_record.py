@@ -133,7 +133,7 @@ def test_the_ending_dtype_is_that_of_the_last_step_that_decides(place: Path) -> 
     for steps, dtype in (
         ([HEADS], None),
         (["cast"], "bfloat16"),
-        (["cast", {"cast": "float16"}], "float16"),
+        (["cast", {"cast": {"dtype": "float16"}}], "float16"),
         ([HEADS, four], "bfloat16"),
     ):
         assert recipe(place, "distilbert", steps).ending_dtype == dtype
