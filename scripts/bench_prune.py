@@ -20,7 +20,8 @@ from typing import Any
 
 from hfcompress import PruneHeads, PruneLayers, PruneNeurons, Recipe, compress
 from hfcompress.checkpoint.artifact import load
-from hfcompress.results.measure import least_and_median, machine, timed_forward
+from hfcompress.results.measure import machine
+from hfcompress.results.timing import least_and_median, timed_forward
 from hfcompress.run.recipe import task_from
 from hfcompress.run.train import Train
 

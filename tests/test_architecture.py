@@ -24,7 +24,7 @@ BELOW = {
     "run": "results methods tasks distillation calibration checkpoint",
     "results": "layers checkpoint",
     "methods": "tasks distillation calibration surgery layers checkpoint",
-    "tasks": "surgery checkpoint",
+    "tasks": "calibration surgery checkpoint",
     "distillation": "calibration surgery layers checkpoint",
     "calibration": "surgery layers checkpoint",
     "surgery": "layers checkpoint",

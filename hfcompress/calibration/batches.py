@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from hfcompress.calibration.processes import processes
+from hfcompress.calibration.progress import progress
 from hfcompress.checkpoint.errors import CompressionError
 
 MakeBatches = Callable[[], Iterable[dict[str, Tensor]]]
@@ -40,7 +42,7 @@ def evaluating(model: Any) -> Iterator[None]:
 def given(batches: MakeBatches | None, what: str) -> Iterator[dict[str, Tensor]]:
     """The batches; a CompressionError where there are none."""
     seen = False
-    for batch in batches() if batches is not None else ():
+    for batch in progress(batches() if batches is not None else (), what="calibrating", shown=processes().is_main_process):
         seen = True
         yield batch
     if not seen:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.calibration.batches import MakeBatches, evaluating, given
+from hfcompress.calibration.processes import processes
+from hfcompress.calibration.progress import progress
 from hfcompress.calibration.replay import Replay, Route, WontReplay, routed
 from hfcompress.calibration.second_moments import Moments, Projection
 
@@ -74,7 +76,7 @@ class _Walk:
         last = max(inside, default=-1)
         kept: list[dict[int, Any]] = [{} for _ in data]
         replay = Replay(self.model, route, offload)
-        for layer in range(last + 1):
+        for layer in progress(range(last + 1), what="calibrating", shown=processes().is_main_process):
             mine = inside.get(layer, [])
             for target in mine if writes else ():
                 runs = (partial(replay.run, batch, states, layer) for batch, states in zip(data, kept, strict=True))
@@ -108,7 +110,8 @@ class _Walk:
                 stack.callback(hook.remove)
             self.model(**data[0], **lean)
         order = {name: place for place, name in enumerate(times)}
-        for target in sorted(self.targets, key=lambda one: order.get(one.module, len(order))):
+        ordered = sorted(self.targets, key=lambda one: order.get(one.module, len(order)))
+        for target in progress(ordered, what="calibrating", shown=processes().is_main_process):
             then(target, self._read([target], runs(), times[target.module])[target])
 
     def _moments(self, targets: Iterable[Projection]) -> dict[Projection, list[Moments]]:

@@ -34,11 +34,11 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
         write_checksums(folder)
 
 
-def load(task: Any, folder: str | Path) -> Any:
-    """The model of an artifact, with its adapter if it has one."""
+def load(task: Any, folder: str | Path, **kwargs: Any) -> Any:
+    """The model of an artifact, with its adapter if it has one; `kwargs` go to `from_pretrained`."""
     import hfcompress.checkpoint.quantizer  # noqa: F401  registers the loader
 
-    model = task.load_model(str(folder))
+    model = task.load_model(str(folder), **kwargs)
     for name, module in model.named_modules():
         if holds_codes(module):
             check_layer(name, module)

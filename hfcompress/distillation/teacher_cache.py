@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hfcompress.calibration.processes import processes
+from hfcompress.calibration.progress import progress
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.distillation import losses
 from hfcompress.distillation.batch import Problem, Recorded
@@ -117,7 +117,7 @@ class Signals:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest({})
         state.wait_for_everyone()
-        bar = tqdm(desc="recording the teacher", unit="batch", leave=False, disable=None if state.is_main_process else True)
+        bar = progress(what="recording the teacher", shown=state.is_main_process)
         while group := list(islice(waiting, BATCHES_A_SHARD)):
             path = self._shard(number)
             if number % state.num_processes == state.process_index and not path.is_file():

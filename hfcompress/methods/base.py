@@ -92,6 +92,11 @@ class Method(Step):
         return False
 
     @property
+    def computes_in(self) -> str | None:
+        """The floating dtype that the model computes in afterwards, where the method decides that."""
+        return None
+
+    @property
     def wants_original(self) -> bool:
         """Whether it asks for `task.original`, a copy of the model as no method has touched it."""
         return False

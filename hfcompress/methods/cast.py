@@ -27,6 +27,10 @@ class Cast(Method):
 
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="What dense parameters are stored in.")
 
+    @property
+    def computes_in(self) -> str | None:
+        return self.dtype
+
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None

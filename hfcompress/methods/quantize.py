@@ -54,6 +54,10 @@ class Quantize(Method):
             raise ValueError("threshold belongs to bits: 8; remove it or set bits: 8")
         return self
 
+    @property
+    def computes_in(self) -> str | None:
+        return self.compute_dtype
+
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None

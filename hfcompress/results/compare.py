@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
-from hfcompress.results.measure import finite, least_and_median, machine, settings_of, timed_forward, undisturbed, weigh
-from hfcompress.results.report import as_count, as_number, as_times, rich_table
+from hfcompress.results.measure import finite, machine, settings_of, undisturbed, weigh
+from hfcompress.results.table import Fitted, as_count, as_number, as_times, shortened
+from hfcompress.results.timing import interval, least_and_median, significant, timed_forward
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,26 @@ class Comparison:
 
     def verdict(self, batch: str) -> str:
         """What may be claimed: "B is 2.1x faster (1.9x to 2.2x)" or "no significant difference"."""
+        told = self._claim(batch)
+        return f"{self.names[1]} is {told}" if self.latency_ms[batch]["significant"] else told
+
+    def _claim(self, batch: str) -> str:
         found = self.latency_ms[batch]
         if not found["significant"]:
             return "no significant difference"
         ratio, (low, high), word = found["ratio"]["median"], found["interval"], "faster"
         if ratio < 1:
             ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, "slower"
-        return f"{self.names[1]} is {as_times(ratio)} {word} ({as_times(low)} to {as_times(high)})"
+        return f"{as_times(ratio)} {word} ({as_times(low)} to {as_times(high)})"
 
-    def table(self) -> Table:
+    def table(self) -> Fitted:
+        """For a console of any width."""
+        caption = "Times are least (median), the models taking turns."
+        return Fitted((self._cells(most) for most in (None, 40, 24, 16, 10)), caption)
+
+    def _cells(self, most: int | None) -> tuple[list[str], list[list[str]]]:
+        """All there is; or names in so many characters, the second of them said above its column only."""
+        names = [shortened(name, most) if most else name for name in self.names]
         a, b = self.megabytes
         rows = [
             ["params", *map(as_count, self.parameters), ""],
@@ -50,12 +61,12 @@ class Comparison:
         ]
         for batch, found in self.latency_ms.items():
             times = [f"{found[side]['min']:.2f} ({found[side]['median']:.2f})" for side in ("a", "b")]
-            rows.append([f"ms, batch {batch[1:]}", *times, self.verdict(batch)])
+            rows.append([f"ms, batch {batch[1:]}", *times, self._claim(batch) if most else self.verdict(batch)])
         for name, then in self.score[0].items():
             now = self.score[1].get(name)
             gain = "" if now is None or then is None else f"{now - then:+.4f}"
             rows.append([name, as_number(then, ".4f"), as_number(now, ".4f"), gain])
-        return rich_table(["", *self.names, "difference"], rows, "Times are least (median), the models taking turns.")
+        return ["", *names, "difference"], rows
 
     def to_dict(self) -> dict[str, Any]:
         return finite(asdict(self))
@@ -113,17 +124,3 @@ def _in_turns(forwards: list[Callable[[], float]], pairs: int) -> dict[str, Any]
     low, high = interval([x / y for x, y in zip(*times, strict=True)])
     ratio = {kind: a[kind] / b[kind] for kind in ("min", "median")}
     return {"a": a, "b": b, "ratio": ratio, "interval": [low, high], "significant": significant(ratio, low, high)}
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median of ratios; the same for the same ratios."""
-    values = torch.tensor(ratios, dtype=torch.float64)
-    draws = torch.randint(len(ratios), (2000, len(ratios)), generator=torch.Generator().manual_seed(0))
-    medians = values[draws].quantile(0.5, dim=1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def significant(ratio: dict[str, float], low: float, high: float) -> bool:
-    """Whether the interval lies over 2 % off 1, as neighbouring runs of one model never do, and the leasts agree."""
-    return (low > 1.02 and ratio["min"] > 1.02) or (high < 1 / 1.02 and ratio["min"] < 1 / 1.02)

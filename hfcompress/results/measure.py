@@ -13,12 +13,10 @@ import math
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,12 +24,7 @@ from torch import nn
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.layers.bitsandbytes import quiet_casts
-
-Latency = dict[str, dict[str, float]]
-"""{"b1": {"min": x, "median": y}, "b8": {...}}, milliseconds."""
-
-REPETITIONS = {1: 20, 8: 8}
-"""How often a batch of a size is timed."""
+from hfcompress.results.timing import REPETITIONS, Intervals, Latency, device_of, timed, timed_in_turns
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_int8", "amx_bf16")
 LOW_BIT = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
@@ -65,6 +58,13 @@ class Row:
     control: dict[str, Any] | None = None
     """The same step without its teacher: `score`, `seconds`, and `better` (by how much the teacher's student is) with its
     95 % `interval` over `examples`, None where the metric is no mean over examples."""
+    uncompressed: dict[str, Any] | None = None
+    """The reference trained the same way: as `control`, `better` being by how much the compressed model is."""
+    times_faster: Intervals | None = None
+    """The 95 % intervals of how many times faster than the reference it is, by times taken in turns."""
+    gains: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """A metric to by how much it is `better` than the reference's, positive whichever way the metric runs, with the 95 %
+    `interval` of a paired bootstrap over `examples`; without metrics that are no mean over examples."""
 
 
 def measure(
@@ -86,9 +86,9 @@ def measure(
     count = weigh(model)  # before any forward: a bitsandbytes layer may repack itself there
     notes = ("timed on 4-bit weights that bitsandbytes had already repacked",) if _repacked(model) else ()
     with undisturbed(model):
-        latency, reference = _timed([model] if beside is None else [model, beside], task)
+        latency, reference, times_faster = _timed(model, task, beside)
         # Timing came first, so that lazily mapped weights are resident before memory is watched.
-        scores, growth = _watched(lambda: (score or task.score)(model), _device(model))
+        scores, growth = _watched(lambda: (score or task.score)(model), device_of(model))
     if task.headline not in scores:
         raise CompressionError(
             f"measure: the task's headline is {task.headline!r}, which its score lacks.{did_you_mean(task.headline, scores)}"
@@ -109,24 +109,15 @@ def measure(
         notes=(*notes, *getattr(task, "notes", ())),
         reference_ms=reference,
         control=control,
+        times_faster=times_faster,
     )
 
 
-def _timed(models: list[nn.Module], task: Any) -> tuple[Latency, Latency | None]:
-    """The times of a model and, if there is a second, of that, forward by forward in turns."""
-    found: list[Latency] = [{} for _ in models]
-    with ExitStack() as stack:
-        for other in models[1:]:
-            stack.enter_context(undisturbed(other))
-        for size, repetitions in REPETITIONS.items():
-            forwards = [timed_forward(model, task, size) for model in models]
-            for _ in range(3):
-                for once in forwards:
-                    once()
-            turns = _repeat(lambda: [once() for once in forwards], repetitions, seconds=2.5 * len(models))  # noqa: B023
-            for times, told in zip(zip(*turns, strict=True), found, strict=True):
-                told[f"b{size}"] = least_and_median(list(times))
-    return found[0], found[1] if len(found) > 1 else None
+def _timed(model: nn.Module, task: Any, beside: nn.Module | None) -> tuple[Latency, Latency | None, Intervals | None]:
+    if beside is None:
+        return timed(model, task, REPETITIONS), None, None
+    with undisturbed(beside):
+        return timed_in_turns(model, beside, task, REPETITIONS)
 
 
 def weigh(model: nn.Module) -> dict[str, int]:
@@ -170,6 +161,11 @@ def _codes(module: nn.Module) -> torch.Tensor | None:
     return weight if named or (not weight.is_floating_point() and hasattr(module, "in_features")) else None
 
 
+def has_codes(model: nn.Module) -> bool:
+    """Whether a layer of the model is low-bit."""
+    return any(_codes(module) is not None for module in model.modules())
+
+
 def _dense_size(module: Any) -> int:
     if hasattr(module, "in_features"):
         return module.in_features * module.out_features
@@ -181,16 +177,12 @@ def _repacked(model: nn.Module) -> bool:
     return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def settings_of(model: nn.Module, task: Any) -> dict[str, Any]:
     example = task.example(1)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     settings = {
         "dtype": str(dtype).removeprefix("torch."),
-        "device": _device(model).type,
+        "device": device_of(model).type,
         "threads": torch.get_num_threads(),
         "inputs": {name: list(tensor.shape[1:]) for name, tensor in example.items()},
     }
@@ -232,35 +224,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 layer.bias.data = data
         for module in training:
             module.training = True
-
-
-def timed_forward(model: nn.Module, task: Any, batch_size: int) -> Callable[[], float]:
-    """One forward, timed in milliseconds."""
-    device = _device(model)
-    inputs = {name: tensor.to(device) for name, tensor in task.example(batch_size).items()}
-
-    def once() -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model(**inputs)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)  # kernels run behind Python's back
-        return (time.perf_counter() - start) * 1e3
-
-    return once
-
-
-def _repeat(once: Callable[[], Any], times: int, seconds: float) -> list[Any]:
-    """Up to `times` results within about `seconds`, never fewer than 3."""
-    end = time.perf_counter() + seconds
-    found: list[Any] = []
-    while len(found) < 3 or (len(found) < times and time.perf_counter() < end):
-        found.append(once())
-    return found
-
-
-def least_and_median(milliseconds: list[float]) -> dict[str, float]:
-    return {"min": min(milliseconds), "median": median(milliseconds)}
 
 
 def _watched(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.results.measure import Row
+from hfcompress.results.ratios import speed
+from hfcompress.results.table import shortened
 
 if TYPE_CHECKING:
     from hfcompress.results.report import Report
 
 TRAIL, REFERENCE, STEP, LAST = "#9aa5b1", "#d1495b", "#2e6f95", "#2a9d5c"
+SAME_DTYPE = {"facecolors": "none", "edgecolors": REFERENCE, "marker": "D"}
+"""The reference in the dtype of the result: hollow, as it is no step."""
 
 
 def plot(report: Report, path: str | Path) -> None:
@@ -33,14 +39,11 @@ def plot(report: Report, path: str | Path) -> None:
     figure = Figure(figsize=(11, 4.6 + 0.2 * ((len(report.rows) + 1) // 2)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it holds every figure in a global list
     panels = figure.subplots(1, 2, sharey=True)
-    across: list[tuple[str, list[Any]]] = [
-        ("weights on disk, megabytes", [row.megabytes for row in report.rows]),
-        (
-            f"latency at batch {batch[1:]}, least of several runs, milliseconds",
-            [row.latency_ms.get(batch, {}).get("min") for row in report.rows],
-        ),
+    across: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("weights on disk, megabytes", lambda row: row.megabytes),
+        (f"latency at batch {batch[1:]}, least of several runs, milliseconds", lambda row: _pace(row, report, batch)),
     ]
-    points = [_panel(axes, report, label, values) for axes, (label, values) in zip(panels, across, strict=True)]
+    points = [_panel(axes, report, label, value) for axes, (label, value) in zip(panels, across, strict=True)]
     panels[0].set_ylabel(f"{last.headline} ({'higher' if last.higher_is_better else 'lower'} is better)")
     _legend(figure, report)
     figure.draw_without_rendering()  # the layout must be settled before free places for numbers can be told
@@ -49,17 +52,39 @@ def plot(report: Report, path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _panel(axes: Any, report: Report, label: str, values: list[float | None]) -> list[tuple[int, float, float]]:
+def _pace(row: Row, report: Report, batch: str) -> float | None:
+    """Milliseconds; where a row took turns with the reference, at the pace the machine had when the reference was measured."""
+    reference = report.rows[report.reference]
+    if batch not in row.latency_ms:
+        return None
+    told = speed(row, reference).get(batch)
+    return reference.latency_ms[batch]["min"] / told.least if told else row.latency_ms[batch]["min"]
+
+
+def _is_off(report: Report, index: int) -> bool:
+    """Whether a row from before the reference, an untrained head mostly, would squeeze all others together: it is left out."""
+    metric, first = report.rows[-1].headline, report.reference % len(report.rows)
+    known = [score for row in report.rows[first:] if (score := row.score.get(metric)) is not None]
+    score = report.rows[index].score.get(metric)
+    if index >= first or score is None or not known:
+        return False
+    room = max(known) - min(known)
+    return not min(known) - room <= score <= max(known) + room
+
+
+def _panel(axes: Any, report: Report, label: str, value: Callable[[Row], float | None]) -> list[tuple[int, float, float]]:
     """Draw the steps in order and return (row number from 1, x, y) of those whose both figures are known."""
-    scores = [row.score.get(report.rows[-1].headline) for row in report.rows]
+    metric, same = report.rows[-1].headline, report.same_dtype
     points = [
         (number, x, y)
-        for number, (x, y) in enumerate(zip(values, scores, strict=True), start=1)
-        if x is not None and y is not None
+        for number, row in enumerate(report.rows, start=1)
+        if (x := value(row)) is not None and (y := row.score.get(metric)) is not None and not _is_off(report, number - 1)
     ]
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], color=TRAIL, linewidth=1.2, zorder=1)
     for number, x, y in points:
         axes.scatter(x, y, s=60, zorder=3, **_look(report, number - 1))
+    if same is not None and (x := value(same)) is not None and (y := same.score.get(metric)) is not None:
+        axes.scatter(x, y, s=60, zorder=2, **SAME_DTYPE)
     axes.set_xlabel(label)
     axes.set_xlim(left=0, right=1.08 * max([x for _, x, _ in points], default=1))
     axes.margins(y=0.12)
@@ -117,8 +142,14 @@ def _legend(figure: Any, report: Report) -> None:
 
     handles = []
     for index, row in enumerate(report.rows):
-        step = row.step if len(row.step) <= 64 else row.step[:63] + "…"
+        step, score = shortened(row.step, 56), row.score.get(report.rows[-1].headline)
         note = " (reference)" if index == report.reference % len(report.rows) else ""
+        note += f" ({score:.3g}, off the scale)" if _is_off(report, index) else ""
         look: dict[str, Any] = _look(report, index)
         handles.append(Line2D([], [], linestyle="none", markersize=7, label=f"{index + 1}  {step}{note}", **look))
+        if note.startswith(" (reference") and report.same_dtype is not None:
+            name = f"{report.same_dtype.step} (reference)"
+            handles.append(
+                Line2D([], [], linestyle="none", markersize=7, label=name, markerfacecolor="none", color=REFERENCE, marker="D")
+            )
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)

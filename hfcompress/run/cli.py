@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console(highlight=False)
+LOG_WIDTH = 1000  # columns of a log file or a pipe, where nothing needs to be folded
 
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (hfcompress list) or a YAML file.")]
 Overrides = Annotated[
@@ -88,6 +89,7 @@ def _tell(line: str) -> None:
 
 
 def _summary(out: Path, report: Any, recipe: Any) -> None:
+    console.print(escape(report.verdict()))
     for missed in report.check_goal(recipe.goal_parts):
         console.print(f"[yellow]goal missed[/yellow] {escape(missed)}")
     from hfcompress.results.load_snippet import load_code
@@ -268,6 +270,8 @@ def quiet() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(variable, value)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = LOG_WIDTH
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "accelerate", "peft", "httpx", "httpx2", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,7 @@ from hfcompress.checkpoint.proof import prove
 from hfcompress.results import hub
 from hfcompress.results.card import write_card
 from hfcompress.results.plot import plot
-from hfcompress.results.report import Report, measure
+from hfcompress.results.report import Report
 from hfcompress.results.saved_files import missing_files
 from hfcompress.run.inputs import INPUTS, changed_inputs, check_no_adapter, fingerprints, local_inputs
 from hfcompress.run.output_folder import (
@@ -34,12 +33,11 @@ from hfcompress.run.output_folder import (
     room_on_disk,
 )
 from hfcompress.run.recipe import Recipe
+from hfcompress.run.record import Tell, add_same_dtype, controls, record, reference_model, wants_original
 from hfcompress.run.train import Train, transformers_set_seed
 from hfcompress.tasks import Task
-from hfcompress.tasks.metrics import gain
 
 log = logging.getLogger("hfcompress")
-Tell = Callable[[str], None]
 
 
 def compress(
@@ -77,12 +75,13 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
     state, task, work = processes(), recipe.task, partial(out)
     tell(f"reading {task.dataset}")
     task.open(recipe.model)
-    if recipe.reference == 0 and _wants_original(recipe) and task.head_is_new(recipe.model):
+    if recipe.reference == 0 and wants_original(recipe) and task.head_is_new(recipe.model):
         raise CompressionError(
             f"distill: the original, {recipe.model}, has no head for this task yet, and a random one teaches noise; "
             f"put a train step first, or name a fine-tuned teacher."
         )
     model, report, done = _begin(recipe, task, work, overwrite, now, tell)
+    report.goal = recipe.goal_parts
     for number, step in list(enumerate(recipe.steps, start=1))[done:]:
         if number - 1 == recipe.reference:
             _keep_teacher(recipe, task, model)
@@ -90,11 +89,11 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
         started = time.monotonic()
         with explained(f"step {number} of {len(recipe.steps)}, {step.key()}"):
             doing = step.seeded(recipe.seed) if isinstance(step, Train) else step
-            without = _control(doing, model, task, tell) if recipe.control else None
-            started += without["seconds"] if without else 0
+            others = controls(recipe, doing, number, model, task, work, tell)
+            started += sum(other["seconds"] for other in others.values())
             doing.run(model, task)
         model.eval()
-        _record(recipe, task, model, report, step.label, number, work, time.monotonic() - started, without)
+        record(recipe, task, model, report, step.label, number, work, time.monotonic() - started, others)
     tell("saving, and proving it by a load in a fresh process")
     if state.is_main_process:
         _finish(recipe, task, model, report, out)
@@ -135,10 +134,11 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
         with _going_on(work):
             model = artifact.load(task, work / f"step-{done}")
             if done >= recipe.reference:
-                first = model if done == recipe.reference else _reference(recipe, task, work)
+                first = model if done == recipe.reference else reference_model(recipe, task, work)
                 first.to(state.device)
                 if state.is_main_process:
                     task.remember(first)
+                    add_same_dtype(recipe, task, first, report, work)
                 _keep_teacher(recipe, task, first)
             _restore_tokens(task, work / f"step-{done}")
         return model.to(state.device), report, done
@@ -151,7 +151,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
     model = artifact.load(task, recipe.model).to(state.device)
-    _record(recipe, task, model, report, "as it came", 0, work, 0.0)
+    record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
 
 
@@ -195,64 +195,10 @@ def _restore_tokens(task: Task, snapshot: Path) -> None:
         task.adopt(task.load_processor(str(snapshot)))  # type: ignore[attr-defined]  # only texts have one
 
 
-def _reference(recipe: Recipe, task: Task, work: Path) -> Any:
-    """The model before its first compressing step, from an earlier run's snapshot."""
-    return artifact.load(task, work / f"step-{recipe.reference}") if recipe.reference else artifact.load(task, recipe.model)
-
-
 def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
     """A copy of the original, if a step will ask for it as its teacher."""
-    if _wants_original(recipe):
+    if wants_original(recipe):
         task.keep_original(model)
-
-
-def _wants_original(recipe: Recipe) -> bool:
-    return any(rider.wants_original for step in recipe.steps if isinstance(step, Train) for rider in step.riders)
-
-
-def _control(step: Any, model: Any, task: Task, tell: Tell) -> dict[str, Any] | None:
-    """What a copy of the model becomes when it is trained the same way without its teacher."""
-    plain = step.without_teacher if isinstance(step, Train) else None
-    if plain is None:
-        return None
-    tell(f"control: {plain}")
-    started, student = time.monotonic(), copy.deepcopy(model)
-    plain.run(student, task)
-    columns = task.predict(student.eval()) if processes().is_main_process else {}
-    return {"columns": columns, "seconds": time.monotonic() - started}
-
-
-def _record(
-    recipe: Recipe,
-    task: Task,
-    model: Any,
-    report: Report,
-    step: str,
-    number: int,
-    work: Path,
-    seconds: float,
-    without: dict[str, Any] | None = None,
-) -> None:
-    """Measure a row and leave a snapshot to go on from."""
-    state = processes()
-    if state.is_main_process:
-        score: Any = task.remember if number == recipe.reference else task.score
-        control = None
-        if without is not None:
-            columns = task.predict(model)
-            better = gain(task.headline, columns, without["columns"])
-            control = {"score": task.scored(without["columns"]), "seconds": without["seconds"]}
-            control |= {**better._asdict(), "interval": list(better.interval)} if better else {"better": None}
-            score = lambda _: task.scored(columns)  # noqa: E731 (one model is scored once)
-        beside = task.kept_original if number > recipe.reference else None
-        report.add(measure(model, task, step, seconds=seconds, score=score, beside=beside, control=control))
-        if number:
-            artifact.save(model, task.processor if task.is_adopted else None, work / f"step-{number}")
-        report.save(work / "report.json")
-        for old in work.glob("step-*"):
-            if old.name not in (f"step-{number}", f"step-{recipe.reference}"):
-                shutil.rmtree(old)
-    state.wait_for_everyone()
 
 
 def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -> None:

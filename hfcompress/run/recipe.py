@@ -27,9 +27,11 @@ STEPS: dict[str, type[Step]] = {Train.key(): Train, **METHODS}
 class Goal(Fields):
     """What the result must reach, against the model before its first compressing step."""
 
-    max_drop: float | None = Field(None, ge=0, description="Most the score may fall: 0.01 is one point of accuracy.")
+    max_drop: float | None = Field(
+        None, ge=0, description="Most the score may fall, on every text scored: 0.01 is one point of accuracy."
+    )
     smaller: float | None = Field(None, gt=0, description="Times smaller on disk.")
-    faster: float | None = Field(None, gt=0, description="Times faster, at batch 1 and at batch 8.")
+    faster: float | None = Field(None, gt=0, description="Times faster, at batch 1 and at batch 8, timed in turns.")
 
 
 class Recipe(Fields):
@@ -42,7 +44,10 @@ class Recipe(Fields):
     seed: int = Field(42, ge=0, description="Of data order and dropout, where a train step has no seed of its own.")
     output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
     push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")
-    control: bool = Field(False, description="Also train without the teacher, so that the report tells whether it helped.")
+    control: bool = Field(
+        False,
+        description="Also train without the teacher, and the uncompressed model on data that it has not seen, to compare.",
+    )
     private: bool = Field(False, description="Whether a repository made by push_to is private.")
 
     @property
@@ -76,6 +81,11 @@ class Recipe(Fields):
         if mistakes:
             raise CompressionError("\n".join(mistakes))
 
+    @property
+    def ending_dtype(self) -> str | None:
+        """The floating dtype that the result computes in, where a step decides that."""
+        return next((method.computes_in for method in reversed(self.methods) if method.computes_in), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without what is at its default. `Recipe.from_dict(recipe.to_dict()) == recipe`."""
         plain = self.model_dump(mode="json", exclude_defaults=True, exclude={"task", "steps"})
@@ -100,7 +110,7 @@ class Recipe(Fields):
                 _read_step(step, f"steps.{number}", STEPS, mistakes) for number, step in enumerate(raw["steps"])
             )
             mistakes += _order_mistakes(raw["steps"])
-            if raw.get("control") is True and not any(isinstance(s, Train) and s.without_teacher for s in raw["steps"]):
+            if raw.get("control") is True and not _has_control(raw["steps"]):
                 mistakes.append("control: no train step has a teacher to do without; add distill under with, or omit control.")
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
@@ -246,6 +256,13 @@ def _sentences(error: ValidationError, where: str, cls: Any) -> list[str]:
 def _help(cls: Any, loc: tuple[Any, ...]) -> str:
     field = cls.model_fields.get(str(loc[-1]))
     return f"it is {field.description or 'required'}" if field else "add it."
+
+
+def _has_control(steps: tuple[Step | None, ...]) -> bool:
+    """Whether there is anything to train beside: a model without its teacher; or the model as it came, if it is not trained
+    before it is compressed."""
+    trained = [step for step in steps if isinstance(step, Train)]
+    return any(step.without_teacher for step in trained) or (bool(trained) and steps[0] not in trained)
 
 
 def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hfcompress.calibration.batches import foretells_next
+from hfcompress.calibration.progress import progress
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean, shown
 from hfcompress.methods import Distill
 from hfcompress.methods.base import Method, Step
@@ -215,7 +215,7 @@ class _Bar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_local_process_zero:
-            self._bar = tqdm(total=state.max_steps, desc="training", leave=False, disable=None)
+            self._bar = progress(what="training", total=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:
@@ -223,7 +223,7 @@ class _Bar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self._bar is not None and logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:

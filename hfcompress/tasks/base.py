@@ -11,9 +11,9 @@ from datasets import ClassLabel, Dataset
 from pydantic import Field, PositiveInt, PrivateAttr, model_serializer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hfcompress.calibration.progress import progress
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.checkpoint.fields import Fields
 from hfcompress.surgery.modules import copied
@@ -57,6 +57,7 @@ class Task(Fields):
     _train: Dataset | None = PrivateAttr(None)
     _eval: Dataset | None = PrivateAttr(None)
     _reference: np.ndarray | None = PrivateAttr(None)
+    _reference_columns: dict[str, np.ndarray] | None = PrivateAttr(None)
     _original: nn.Module | None = PrivateAttr(None)
     _retold: nn.Module | None = PrivateAttr(None)
     _kept: list[int] | None = PrivateAttr(None)
@@ -98,7 +99,7 @@ class Task(Fields):
         """
         if self._opened is None:
             self.open(path)
-        config = self._config if self._opened == str(path) else load_config(path)
+        config = self._config if self._opened == str(path) and not self.is_adopted else load_config(path)
         head, is_new = self._head(config, path)
         model = load_pretrained(self.auto_class, path, config, is_new, self.seed, **{**head, **kwargs})
         pad = getattr(self.processor, "pad_token_id", None)
@@ -230,8 +231,13 @@ class Task(Fields):
     def remember(self, model: nn.Module) -> dict[str, float]:
         """Score this model as the original: what others are compared with in `agreement`. Returns its scores."""
         columns = self.predict(model)
-        self._reference = columns["predictions"]
+        self._reference, self._reference_columns = columns["predictions"], columns
         return self.scored(columns)
+
+    @property
+    def reference_columns(self) -> dict[str, np.ndarray] | None:
+        """What `predict` gave for the model that is remembered, if the questions are still the same."""
+        return None if self._reference is None else self._reference_columns
 
     def scored(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
         """The metrics of what `predict` gave."""
@@ -259,7 +265,7 @@ class Task(Fields):
         try:
             batches = self._batched(data, order, self.eval_batch_size, self.collator, device)
             total = -(-len(order) // self.eval_batch_size)
-            for batch in tqdm(batches, desc="scoring", total=total, leave=False, disable=None):
+            for batch in progress(batches, what="scoring", total=total):
                 labels = batch.pop("labels", None)
                 labels = self._counted(batch) if labels is None else labels
                 with torch.no_grad():

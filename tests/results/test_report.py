@@ -7,7 +7,9 @@ import copy
 import io
 import json
 import math
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.results import measure as measuring
-from hfcompress.results.compare import _in_turns, compare, interval, significant
+from hfcompress.results.compare import Comparison, _in_turns, compare
 from hfcompress.results.plot import plot
-from hfcompress.results.report import Report, Row, machine, measure, slower, weigh
+from hfcompress.results.ratios import slower
+from hfcompress.results.report import Report, Row, machine, measure, weigh
+from hfcompress.results.timing import interval, significant
 from hfcompress.tasks.metrics import gain
 
 VOCABULARY, HIDDEN, INNER, LAYERS, LABELS = 2000, 64, 128, 2, 3
@@ -97,11 +101,15 @@ class Inputs:
         return self.told
 
 
+def times(b1: float, b8: float = 100.0) -> Any:
+    return {"b1": {"min": b1, "median": b1 * 1.02}, "b8": {"min": b8, "median": b8 * 1.02}}
+
+
 def row(step: str, b1: float, b8: float = 100.0, score: float = 0.97, **other: Any) -> Row:
     fields: dict[str, Any] = {
         "parameters": 22_700_000,
         "megabytes": 90.9,
-        "latency_ms": {"b1": {"min": b1, "median": b1 * 1.02}, "b8": {"min": b8, "median": b8 * 1.02}},
+        "latency_ms": times(b1, b8),
         "score": {"accuracy": score, "agreement": 0.99},
         "headline": "accuracy",
     }
@@ -111,10 +119,58 @@ def row(step: str, b1: float, b8: float = 100.0, score: float = 0.97, **other: A
 def story() -> Report:
     return Report(
         row("fine-tuned", 24.0, 172.0, 0.972),
-        row("prune_heads (ratio: 0.5)", 12.7, 75.0, 0.960, megabytes=69.6, parameters=17_400_000),
-        row("quantize [bits | 4]", 14.6, 84.0, 0.974, megabytes=9.8, parameters=17_400_000, peak_memory_megabytes=50.0),
+        row(
+            "prune_heads (ratio: 0.5)",
+            12.7,
+            75.0,
+            0.960,
+            megabytes=69.6,
+            parameters=17_400_000,
+            reference_ms=times(24.0, 172.0),
+        ),
+        row(
+            "quantize [bits | 4]",
+            *(14.6, 84.0, 0.974),
+            megabytes=9.8,
+            parameters=17_400_000,
+            peak_memory_megabytes=50.0,
+            reference_ms=times(24.0, 172.0),
+        ),
         on={"cpu": "some"},
     )
+
+
+def full() -> Report:
+    """A quickstart with all there is to tell: long names, intervals, a dtype of its own, controls, a second text."""
+    told = {"better": 0.004, "interval": [-0.01, 0.018], "examples": 500}
+    alike = {
+        "score": {"accuracy": 0.981, "agreement": 0.97},
+        "seconds": 9.0,
+        **told,
+        "better": -0.009,
+        "interval": [-0.02, -0.001],
+    }
+    beside: dict[str, Any] = {"reference_ms": times(18.0, 100.0), "times_faster": {"b1": [1.9, 2.2], "b8": [4.9, 5.6]}}
+    report = Report(
+        row("as it came", 18.1, 104.0, 0.312),
+        row("train", 18.3, 101.0, 0.966),
+        row("prune_heads (ratio: 0.66, ranking: global)", 14.1, 76.5, 0.958, megabytes=81.4, **beside),
+        row(
+            "train + distill + prune_neurons + prune_weights",
+            *(9.0, 42.2, 0.970),
+            megabytes=31.4,
+            **beside,
+            gains={"accuracy": told},
+            control={"score": {"accuracy": 0.966, "agreement": 0.95}, "seconds": 9.0, **told},
+            uncompressed=alike,
+        ),
+        row("quantize 4", 8.9, 20.0, 0.972, megabytes=14.0, **beside, gains={"accuracy": told}, settings={"dtype": "bfloat16"}),
+        reference=1,
+        on={},
+        goal={"max_drop": 0.01, "faster": 2},
+        same_dtype=row("… in bfloat16", 10.0, 33.0, 0.966, megabytes=45.4, **beside, settings={"dtype": "bfloat16"}),
+    )
+    return report
 
 
 # Counts and bytes
@@ -254,14 +310,13 @@ def test_machine_names_no_person_and_no_host() -> None:
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
-    report = story()
-    report.reference = 1
+    report = Report(*story().rows, reference=1, on={"cpu": "some"})
     report.add(measure(bert(), Inputs(), "measured", seconds=2.0))
     report.save(tmp_path / "report.json")
     again = Report.load(tmp_path / "report.json")
     assert again.rows == report.rows and again.to_dict() == report.to_dict()
     data = json.loads((tmp_path / "report.json").read_text())
-    assert list(data) == ["format", "machine", "reference", "rows"] and (data["format"], data["reference"]) == (1, 1)
+    assert list(data) == ["format", "machine", "reference", "rows", "verdict"] and (data["format"], data["reference"]) == (1, 1)
     assert data["rows"][0]["latency_ms"]["b1"] == {"min": 24.0, "median": 24.48}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -279,9 +334,38 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
     ]
 
 
+def test_all_that_is_new_is_kept_and_earlier_readers_read_the_rest(tmp_path: Path) -> None:
+    report = full()
+    report.save(tmp_path / "report.json")
+    again = Report.load(tmp_path / "report.json")
+    assert again.rows == report.rows and again.same_dtype == report.same_dtype and again.to_dict() == report.to_dict()
+    data = json.loads((tmp_path / "report.json").read_text())
+    first = {"step", "parameters", "megabytes", "latency_ms", "score", "headline", "higher_is_better", "nonzero"}
+    first |= {"stored_elements", "peak_memory_megabytes", "seconds", "settings", "notes", "reference_ms", "control"}
+    assert data["format"] == 1 and all(set(told) == first for told in data["rows"]), "what the first readers of format 1 know"
+    assert data["beside"][3]["uncompressed"]["better"] == -0.009 and data["beside"][1] == {}
+    assert data["verdict"] == report.verdict() and data["judged"] == report.judge(report.goal)
+
+
+def test_a_report_written_before_is_read() -> None:
+    """By the first version of this format, which called a trained model slower than an untrained one."""
+    report = Report.load(Path(__file__).with_name("written-before.json"))
+    assert report.verdict() == "6.5 times smaller, 5.3 times faster at batch 8, accuracy 0.966 to 0.972."
+    names, cells = report.cells()
+    assert [cell for line in cells for cell in line if "slower" in cell] == ["8.9 (9.9) 2.2x, slower"]
+    assert [line[names.index("ms, batch 8")] for line in cells[:3]] == ["108.5 (118.7)", "98.3 (101.3)", "76.5 (78.0) 1.31x"]
+    assert [row.step for row in report.rows if row.notes] == ["quantize 4"]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ('{"format": 1, "rows": ["x"]}', "report, row 1: a row is a mapping of its fields."),
+        (
+            '{"format": 1, "rows": [{"step": "x", "parameters": 1, "megabytes": 1, "latency_ms": {"b1": {"min": 1}}, "score": {}, '
+            '"headline": "x"}]}',
+            "report, row 1: latency_ms.b1.median: field required.",
+        ),
         ("{", "can't be read as a JSON report"),
         ("[]", "format 'list' found"),
         ('{"format": 2}', "format 2 found"),
@@ -313,6 +397,85 @@ def test_smaller_faster_drop_and_goal() -> None:
     assert report.drop == pytest.approx(-0.014)
 
 
+def test_each_part_of_a_goal_is_judged() -> None:
+    judged = story().judge({"max_drop": 0.01, "smaller": 10, "faster": 2})
+    assert [(one["part"], one["of"], one["wanted"], one["met"]) for one in judged] == [
+        ("max_drop", "accuracy", 0.01, True),
+        ("smaller", "disk", 10, False),
+        ("faster", "batch 1", 2, False),
+        ("faster", "batch 8", 2, True),
+    ]
+    assert [one["reached"] for one in judged] == pytest.approx([-0.002, 90.9 / 9.8, 24.0 / 14.6, 172.0 / 84.0])
+
+
+def test_times_that_were_not_taken_in_turns_are_not_compared() -> None:
+    report = Report(row("whole", 24.0), row("cut", 12.0, megabytes=40.0), on={})
+    assert report.faster == {}
+    assert report.check_goal({"faster": 1.5}) == [
+        f"faster: 1.5 times wanted, it can't be told at batch {size} without times taken in turns with the reference."
+        for size in (1, 8)
+    ]
+    assert report.cells()[1][1][3] == "12.0 (12.2)" and report.verdict() == "2.3 times smaller, accuracy 0.970 to 0.970."
+
+
+def test_the_largest_drop_holds_for_the_second_text_too() -> None:
+    ms = times(10.0)
+    rows = [
+        Row(
+            step,
+            10,
+            size,
+            ms,
+            {"perplexity": here, "perplexity_also": there},
+            "perplexity",
+            higher_is_better=False,
+            reference_ms=ms,
+        )
+        for step, size, here, there in (("whole", 4.0, 31.6, 83.1), ("healed", 2.0, 31.97, 132.2))
+    ]
+    report = Report(rows[0], replace(rows[1], times_faster={"b1": [0.97, 1.03], "b8": [0.96, 1.02]}), on={})
+    assert report.check_goal({"max_drop": 1.0}) == ["max_drop: perplexity on other text may drop by 1, it dropped by 49.1000."]
+    assert [one["met"] for one in report.judge({"max_drop": 1.0})] == [True, False]
+    names, cells = report.cells()
+    assert names[-2:] == ["perplexity", "perplexity on other text"] and cells[1][-2:] == ["31.97 (+0.37)", "132.20 (+49.10)"]
+    assert report.verdict() == (
+        "2.0 times smaller, no significant difference in speed at batch 8, perplexity 31.60 to 31.97, "
+        "perplexity on other text 83.10 to 132.20."
+    )
+
+
+def test_the_verdict_is_one_sentence() -> None:
+    assert full().verdict() == (
+        "6.5 times smaller, 5.0 times faster at batch 8, accuracy 0.966 to 0.972, no significant difference; "
+        "by bfloat16 alone 2.0 times smaller, 3.0 times faster at batch 8."
+    )
+    report = story()
+    for told, said in (([0.001, 0.003], "significantly better"), ([-0.02, -0.01], "significantly worse")):
+        gains = {"accuracy": {"better": 0.002, "interval": told, "examples": 9}}
+        report.rows[-1] = replace(report.rows[-1], gains=gains)
+        assert report.verdict() == f"9.3 times smaller, 2.0 times faster at batch 8, accuracy 0.972 to 0.974, {said}."
+    slow = Report(row("whole", 10.0), row("codes", 20.0, 150.0, megabytes=200.0, reference_ms=times(10.0)), on={})
+    assert slow.verdict() == "2.2 times larger, 1.50 times slower at batch 8, accuracy 0.970 to 0.970."
+    assert Report(row("whole", 10.0), on={}).verdict() == "Nothing was compressed."
+
+
+def test_the_table_begins_with_fair_baselines_and_tells_what_the_dtype_bought() -> None:
+    report = full()
+    names, cells = report.cells()
+    assert [line[0] for line in cells[:3]] == ["as it came", "train", "… in bfloat16"] and len(report.rows) == 5
+    assert cells[2][names.index("MB")] == "45.4 (2.0x)" and cells[2][names.index("ms, batch 8")] == "33.0 (33.7) 3.0x"
+    assert (
+        "By bfloat16 alone: 2.0x smaller, 1.80x faster at batch 1, 3.0x faster at batch 8. "
+        "By compression: 3.2x smaller, 1.12x faster at batch 1, 1.65x faster at batch 8."
+    ) in report.legend()
+
+
+def test_a_score_is_told_with_its_interval() -> None:
+    names, cells = full().cells()
+    assert cells[-1][names.index("accuracy")] == "0.9720 (+0.0060 ±0.0140)"
+    assert "±: half the 95 % interval of a paired bootstrap over 500 examples." in full().legend()
+
+
 def test_for_perplexity_a_rise_is_a_drop() -> None:
     other: dict[str, Any] = {"headline": "perplexity", "higher_is_better": False}
     report = Report(on={})
@@ -331,18 +494,33 @@ def test_slower_rows_say_so_only_when_least_and_median_agree() -> None:
     names, cells = report.cells()
     assert all("slower" not in cell for cell in cells[1])
     assert cells[2][names.index("ms, batch 1")] == "14.6 (14.9) 1.64x, slower"
-    assert slower(row("a", 10.4), row("b", 10.0)) == []
+    whole, cut = row("whole", 10.0), {"megabytes": 45.0, "reference_ms": times(10.0, 100.0)}
+    assert slower(row("a", 10.4, **cut), whole, whole) == {}
     uneven = {"b1": {"min": 10.0, "median": 20.0}, "b8": {"min": 100.0, "median": 100.0}}
-    assert slower(row("a", 0, latency_ms=uneven), row("b", 10.0)) == []
-    assert slower(row("a", 10.0, 120.0), row("b", 10.0)) == ["b8"]
+    assert slower(row("a", 0, latency_ms=uneven, **cut), whole, whole) == {}
+    assert slower(row("a", 10.0, 120.0, **cut), whole, whole) == {"b8": pytest.approx(1.2)}
+    certain = {"times_faster": {"b1": [0.95, 1.05], "b8": [0.8, 1.01]}}
+    assert slower(row("a", 10.0, 120.0, **cut, **certain), whole, whole) == {}, "the interval holds as fast as well"
+
+
+def test_the_machine_is_never_taken_for_the_model() -> None:
+    """All of these were timed while something else ran as well, and nothing but the machine was slower."""
+    whole = row("train", 18.3, 98.3)
+    busy = {"megabytes": 31.4, "reference_ms": times(36.6, 196.6)}
+    assert slower(row("cut", 36.0, 190.0, **busy), whole, whole) == {}, "so was the reference beside it"
+    then = row("low_rank", 9.0, 42.0, megabytes=31.4, reference_ms=times(18.3, 98.3))
+    assert slower(row("cast", 18.0, 84.0, **{**busy, "megabytes": 15.7}), then, whole) == {}
+    alike = row("train + distill", 20.0, 90.0, megabytes=31.4, reference_ms=times(18.3, 98.3))
+    assert slower(alike, then, whole) == {}, "training changes no size and no dtype"
+    report = Report(row("as it came", 17.0), row("train", 30.0), on={}, reference=1)
+    assert report.rows[1].notes == () and report.cells()[1][0][3] == "17.0 (17.3)", "nobody timed these in turns"
 
 
 def test_table_markdown_and_json_agree() -> None:
     report = story()
     names, cells = report.cells()
-    table = report.table()
-    assert [str(column.header) for column in table.columns] == names
-    assert [[str(cell) for cell in column.cells] for column in table.columns] == [list(c) for c in zip(*cells, strict=True)]
+    shown = rendered(report, 160)
+    assert [re.split(r" {2,}", line.strip()) for line in shown[: len(cells) + 1]] == [names, *cells]
     lines = report.markdown().splitlines()
     shown = [[cell.strip().replace("\\|", "|") for cell in line.split(" | ")] for line in lines[:5]]
     shown = [[row[0].removeprefix("| "), *row[1:-1], row[-1].removesuffix(" |")] for row in shown]
@@ -356,14 +534,74 @@ def test_table_markdown_and_json_agree() -> None:
     assert cells[0][names.index("MB")] == "90.9" and cells[0][names.index("ms, batch 8")] == "172.0 (175.4)"
 
 
-@pytest.mark.parametrize("width", [80, 160])
-def test_no_figure_is_cut_off_in_a_terminal(width: int) -> None:
+def rendered(thing: Any, width: int) -> list[str]:
     out = io.StringIO()
-    Console(file=out, width=width).print(story().table())
-    text = out.getvalue()
-    for figure in ("17.4M", "(9.3x)", "(175.4)", "(+0.0020)", "0.9900", "[bits", "slower"):
-        assert figure in text
-    assert any(line.rstrip().endswith("0.9900") for line in text.splitlines())
+    Console(file=out, width=width).print(thing.table())
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160, 200])
+@pytest.mark.parametrize("make", [story, full])
+def test_a_line_is_a_row_and_shows_its_score(make: Any, width: int) -> None:
+    report = make()
+    names, cells = report.cells()
+    lines = rendered(report, width)
+    assert all(len(line) <= width for line in lines)
+    for line, full_cells in zip(lines[1:], cells, strict=False):
+        assert line.startswith(full_cells[0][:2]), "one line a row"
+        assert full_cells[names.index("accuracy")].partition(" ")[0] in line
+    head = lines[0].split()
+    assert ("MB" in head, "b8," in head or "batch" in head, "agrees" in head) == (width >= 60, width >= 60, width >= 100)
+
+
+def test_a_wide_terminal_shows_all() -> None:
+    report = full()
+    names, cells = report.cells()
+    assert [re.split(r" {2,}", line.strip()) for line in rendered(report, 200)[: len(cells) + 1]] == [
+        names,
+        *([cell for cell in line if cell] for line in cells),
+    ]
+
+
+def test_quickstart_columns_fit_80() -> None:
+    assert [line.rstrip() for line in rendered(full(), 80)[:9]] == QUICKSTART_AT_80.splitlines()
+
+
+QUICKSTART_AT_80 = """\
+step                        MB      b1, ms      b8, ms                  accuracy
+as it came                90.9        18.1       104.0          0.3120 (-0.6540)
+train                     90.9        18.3       101.0                    0.9660
+… in bfloat16      45.4 (2.0x)  10.0 1.80x   33.0 3.0x          0.9660 (+0.0000)
+prune_heads       81.4 (1.12x)  14.1 1.28x  76.5 1.31x          0.9580 (-0.0080)
+train + distill…   31.4 (2.9x)    9.0 2.0x   42.2 2.4x  0.9700 (+0.0040 ±0.0140)
+… no teacher                                                    0.9660 (+0.0000)
+… uncompressed                                                  0.9810 (+0.0150)
+quantize 4         14.0 (6.5x)    8.9 2.0x   20.0 5.0x  0.9720 (+0.0060 ±0.0140)
+"""
+
+
+def test_what_was_asked_for_is_never_cut_off() -> None:
+    """A folder of any length leaves room for its perplexity."""
+    folder = "/home/somebody/models/compressed/SmolLM2-135M-Instruct-pruned-and-healed-on-the-news-of-the-BBC"
+    one = Row(folder, 115_000_000, 458.4, times(156.6, 1148.7), {"perplexity": 12345.678}, "perplexity", higher_is_better=False)
+    for width in (60, 80):
+        lines = rendered(Report(one, on={}), width)
+        assert lines[0].split()[-1] == "perplexity" and lines[1].endswith("12345.68") and len(lines[1]) <= width
+        assert "of-the-BBC" in lines[1], "the end of a path tells which it is"
+
+
+def test_long_names_leave_room_for_a_comparison() -> None:
+    names = ("microsoft/a-model-with-a-very-long-name-indeed-v1", "out/a-model-with-a-very-long-name-indeed-compressed")
+    sides = {"a": {"min": 24.0, "median": 24.5}, "b": {"min": 12.0, "median": 12.2}}
+    told = {**sides, "ratio": {"min": 2.0, "median": 2.0}, "interval": [1.9, 2.1], "significant": True}
+    found = Comparison(names, (10, 10), (4.0, 2.0), ({"accuracy": 0.9}, {"accuracy": 0.8}), {"b8": told}, ({}, {}), {})
+    lines = rendered(found, 80)
+    assert all(len(line) <= 80 for line in lines) and [line.split()[0] for line in lines[1:4]] == ["params", "MB", "ms,"]
+    assert lines[3].endswith("12.00 (12.20)  2.0x faster (1.90x to 2.1x)") and "0.8000" in lines[4]
+    assert all(name in rendered(found, 250)[0] for name in names)
+    assert rendered(found, 250)[3].endswith(f"{names[1]} is 2.0x faster (1.90x to 2.1x)")
+    narrow = rendered(found, 60)
+    assert all(len(line) <= 60 for line in narrow) and {"0.9000", "0.8000", "12.00", "24.00"} <= set(" ".join(narrow).split())
 
 
 def test_a_report_without_its_reference_is_told() -> None:
@@ -455,13 +693,33 @@ def test_plot_numbers_keep_apart() -> None:
     figure = Figure(figsize=(6, 4), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    points = _panel(axes, report, "ms", [one.latency_ms["b8"]["min"] for one in report.rows])
+    points = _panel(axes, report, "ms", lambda one: one.latency_ms["b8"]["min"])
     axes.set_ylim(0.9, 1.0)
     figure.draw_without_rendering()
     _number(axes, points)
     boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]  # without leader lines
     assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4", "5", "6"]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_scale_of_a_plot_is_that_of_what_was_compressed() -> None:
+    from matplotlib.figure import Figure
+
+    from hfcompress.results.plot import _legend, _pace, _panel
+
+    report = full()
+    figure = Figure()
+    axes = figure.subplots()
+    points = _panel(axes, report, "ms", lambda one: _pace(one, report, "b8"))
+    assert [number for number, _, _ in points] == [2, 3, 4, 5], "an untrained head at 0.312 is left out"
+    low, high = axes.get_ylim()
+    assert 0.95 < low < 0.958 and 0.972 < high < 0.98
+    _legend(figure, report)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[:3] == ["1  as it came (0.312, off the scale)", "2  train (reference)", "… in bfloat16 (reference)"]
+    assert points[-1][1] == pytest.approx(101.0 / 5.0), "milliseconds are those of turns with the reference"
+    near = Report(row("as it came", 10.0, 100.0, 0.960), *report.rows[1:], reference=1, on={})
+    assert [number for number, _, _ in _panel(figure.subplots(), near, "ms", lambda one: one.megabytes)] == [1, 2, 3, 4, 5]
 
 
 def test_plot_without_matplotlib_or_rows_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -504,6 +762,12 @@ def test_a_control_stands_below_its_row() -> None:
     report = Report(first, row)
     names, cells = report.cells()
     assert cells[2] == ["… without teacher", "", "", "", "0.9000 (-0.0700)"] and len(names) == 5
+    paid = Report(first, replace(row, control=None, uncompressed=told | {"better": -0.02, "interval": (-0.03, -0.01)}))
+    assert paid.cells()[1][2] == ["… uncompressed, trained alike", "", "", "", "0.9000 (-0.0700)"]
+    assert paid.legend().endswith(
+        "train + distill: accuracy is 0.0200 worse than that of the uncompressed model trained alike "
+        "(95 % -0.0300 to -0.0100 over 100 examples: significant)."
+    )
     assert report.legend().endswith(
         "train + distill: with the teacher accuracy is 0.0500 better than without "
         "(95 % -0.0100 to +0.1100 over 100 examples: no significant difference)."
@@ -519,7 +783,8 @@ def test_ratios_are_told_by_times_taken_in_turns() -> None:
     assert report.faster == {"b1": 2.0}
     slow, fast = Waiting(0.004), Waiting(0.001)
     row = measure(fast, Inputs(), "x", score=lambda _: {"accuracy": 1.0}, beside=slow)
-    assert row.reference_ms is not None
+    assert row.reference_ms is not None and row.times_faster is not None
+    assert all(2 < low <= high < 6 for low, high in row.times_faster.values())
     assert all(2 < row.reference_ms[batch]["min"] / row.latency_ms[batch]["min"] < 6 for batch in ("b1", "b8"))
 
 

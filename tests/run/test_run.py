@@ -434,6 +434,12 @@ def test_an_error_is_one_sentence_and_no_traceback(place: Path) -> None:
     assert "/nowhere/at/all" in run.stderr
 
 
+def test_lines_in_a_log_are_not_folded() -> None:
+    alone = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    listed = subprocess.run([sys.executable, "-m", "hfcompress", "list"], capture_output=True, text=True, env=alone).stdout
+    assert len(listed.splitlines()) == 1 + len(shipped_recipes()), "a line a recipe"
+
+
 def test_list_copy_validate_schema(tmp_path: Path) -> None:
     listed = cli("list").stdout
     assert all(name in listed for name in shipped_recipes())
