@@ -9,6 +9,7 @@ from torch import nn
 
 from hfcompress.layers import DTYPES
 from hfcompress.methods.base import Method, Tick
+from hfcompress.surgery.modules import check_here
 
 
 class Cast(Method):
@@ -27,12 +28,18 @@ class Cast(Method):
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
+        check_here(model, "cast")
+        dtype, cast = DTYPES[self.dtype], dict[int, Any]()
         for module in model.modules():
             # Module.to would also convert the scales of quantised layers, and an 8-bit layer's codes.
-            for parameter in module.parameters(recurse=False):
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(DTYPES[self.dtype])
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_floating_point() and parameter.dtype != dtype:
+                    new = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                    setattr(module, name, cast.setdefault(id(parameter), new))  # one for all that are tied
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                    setattr(module, name, buffer.to(DTYPES[self.dtype]))
-        model.config.dtype = DTYPES[self.dtype]  # type: ignore[union-attr]
+                    setattr(module, name, buffer.to(dtype))
+        wrapped: Any = model
+        body = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+        if getattr(body, "config", None) is not None:
+            body.config.dtype = dtype
