@@ -38,6 +38,7 @@ def compress(recipe: Recipe, output_dir: str | Path, overwrite: bool = False, te
         tell(f"{out} holds the finished result of this very recipe; --overwrite runs it again")
         return Report.load(out / "report.json")
     _check_free(out, overwrite)
+    _check_no_adapter(recipe.model)
     if recipe.push_to:
         hub.check_push(recipe.push_to)
     work = out.with_name(out.name + ".partial")
@@ -105,6 +106,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, tell: Tell) 
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
     model = artifact.load(task, recipe.model).to(state.device)
+    _check_no_adapter(recipe.model, model)
     _record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
 
@@ -216,6 +218,16 @@ def _plain_steps(recipe: Recipe, steps: int) -> Any:
 def _is_done(out: Path, recipe: Recipe) -> bool:
     told = out / "recipe.yaml"
     return told.is_file() and (out / "report.json").is_file() and told.read_text(encoding="utf-8") == recipe.to_yaml()
+
+
+def _check_no_adapter(path: str, model: Any = None) -> None:
+    """Steps would work on the weights beneath an adapter of PEFT's, and the result could not be told from them."""
+    ours = (Path(path) / artifact.ADAPTER).is_dir()  # beside the model, as a step that keeps one leaves it
+    if (Path(path) / "adapter_config.json").is_file() or (getattr(model, "peft_config", None) and not ours):
+        raise CompressionError(
+            f"model {path!r}: it holds an adapter, and steps would work on the weights beneath it; merge it first, with PEFT's "
+            f"merge_and_unload(), and save the result in a folder of its own."
+        )
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -286,6 +286,28 @@ def test_a_model_with_an_adapter_is_not_trained_beneath_it() -> None:
 # ---------------------------------------------------------------- other libraries, other tasks
 
 
+@pytest.mark.parametrize(
+    "step", [{"train": {"epochs": 1}}, {"cast": {}}, {"prune_heads": {"ratio": 0.5}}, {"quantize": {}}], ids=str
+)
+def test_a_folder_with_an_adapter_in_it_is_refused_before_anything_runs(step: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from hfcompress import Recipe, compress
+
+    model = still("bert")
+    model.save_pretrained(tmp_path / "both")
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path / "both")
+    asked = {"model": str(tmp_path / "both"), "task": {"name": "text-classification", "dataset": "nowhere"}, "steps": [step]}
+    with pytest.raises(CompressionError) as error:
+        compress(Recipe.from_dict(asked), tmp_path / "out")
+    assert str(error.value) == (
+        f"model {str(tmp_path / 'both')!r}: it holds an adapter, and steps would work on the weights beneath it; merge it first, "
+        "with PEFT's merge_and_unload(), and save the result in a folder of its own."
+    )
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_loss_that_a_trainer_makes_of_logits_has_its_own_remedy(tmp_path: Path) -> None:
     from trl import DPOConfig, SFTConfig
 
