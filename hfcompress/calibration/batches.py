@@ -168,8 +168,8 @@ def calibration(model: nn.Module, task: Any, samples: int, who: str, instead: st
     def batches() -> Iterator[dict[str, Tensor]]:
         if task is None or (isinstance(task, Batches) and not task.has_data):
             raise CompressionError(
-                f"{who} needs calibration data; give a task or batches, as in run(model, batches) before a Trainer is built, "
-                f"or choose scores: {instead}."
+                f"{who} needs calibration data; give a task or batches, as in run(model, batches) before a Trainer is built or "
+                f"attach(trainer, ...) after, or choose scores: {instead}."
             )
         yield from task.batches(model, samples)
 

@@ -22,7 +22,7 @@ from hfcompress.calibration.obs import prices
 from hfcompress.calibration.processes import agreed
 from hfcompress.calibration.second_moments import DAMPING, Moments, Projection
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.surgery.units.gates import gate
+from hfcompress.surgery.units.gates import Removable, gate
 from hfcompress.surgery.units.owned import norms, owned, per_unit, spans_of, tensor_of
 from hfcompress.surgery.units.spans import Span, Units
 
@@ -270,7 +270,7 @@ def _slopes(model: Any, all_units: list[Units], batches: MakeBatches | None, nam
     Examples run together where their gates can be told apart, else one by one, with the same result.
     """
     gates = _Gates(all_units)
-    handles = [gate(model, units, partial(gates, position)) for position, units in enumerate(all_units)]
+    handles = Removable(gate(model, units, partial(gates, position)) for position, units in enumerate(all_units))
     alone = any(units.lanes > 1 for units in all_units)
     try:
         with evaluating(model), torch.enable_grad():
@@ -284,8 +284,7 @@ def _slopes(model: Any, all_units: list[Units], batches: MakeBatches | None, nam
                 for one in singles(model, batch):
                     yield gates.slopes(model, one, name)
     finally:
-        for handle in handles:
-            handle.remove()
+        handles.remove()
 
 
 def _mean(slopes: Iterator[list[Tensor]], of: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from hfcompress.checkpoint.errors import CompressionError, shown
+
 
 class Fields(BaseModel):
     """A frozen, typed object whose fields are its YAML; the first fields may also be given by position."""
@@ -20,4 +22,16 @@ class Fields(BaseModel):
     )
 
     def __init__(self, /, *positional: Any, **fields: Any) -> None:
-        super().__init__(**dict(zip(type(self).model_fields, positional, strict=False)), **fields)
+        names, kind = list(type(self).model_fields), type(self).__name__
+        if len(positional) > len(names):
+            raise CompressionError(
+                f"{kind}: {len(positional)} values were given without a name, and it has {len(names)} "
+                f"field{'s' if len(names) > 1 else ''}, {', '.join(names)}; leave out {shown(positional[len(names)])}."
+            )
+        given = dict(zip(names, positional, strict=False))
+        if twice := next((name for name in given if name in fields), None):
+            raise CompressionError(
+                f"{kind}: {twice} was given twice, {shown(given[twice])} without its name and {shown(fields[twice])} with it; "
+                f"give it once."
+            )
+        super().__init__(**given, **fields)

@@ -17,6 +17,7 @@ from hfcompress.distillation.teachers import Teacher, find, fitting, labels_of, 
 from hfcompress.distillation.terms import Layers, SoftTargets, Term
 from hfcompress.distillation.trl import ASKED, as_fused, unfused
 from hfcompress.layers.bitsandbytes import quiet_casts
+from hfcompress.surgery.units.gates import Removable
 from hfcompress.surgery.units.spans import roles
 from hfcompress.surgery.units.verify import units_of
 
@@ -61,6 +62,7 @@ class Distilling:
         ]
         # accelerate's autocast is around forward, not around hooks: what it is can be seen from inside only.
         handles += [child.register_forward_pre_hook(self._notice) for child in self._core.children()]
+        hooks = Removable(handles)
         try:
             if any(term.needs == "relations" for term in self._method.summands):
                 wanted = [term for term in self._method.summands if isinstance(term, Layers) and term.needs == "relations"]
@@ -68,8 +70,7 @@ class Distilling:
             with quiet_casts():
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
+            hooks.remove()
             for relations in self._relations:
                 relations.remove()
             # a teacher may be the very model that results are compared with, in time too

@@ -13,6 +13,7 @@ from hfcompress.calibration.batches import Batches
 from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.fields import Fields
 from hfcompress.checkpoint.quantizer import forget_reading
+from hfcompress.surgery.modules import restored_on_error
 
 Tick = Callable[[float], Mapping[str, Tensor] | None]
 """Called after every optimizer step with the progress of training, 0..1. Returns what is worth logging, a name to a scalar."""
@@ -57,8 +58,10 @@ class Method(Step):
     """Whether it is useless as a step of its own."""
     adds_parameters: ClassVar[bool] = False
     """Whether it changes which parameters there are before training, so that it must act before an optimizer is built."""
+    scheduled: ClassVar[bool] = False
+    """Whether it goes on changing the model while training lasts, so that no earlier checkpoint may replace the last one."""
     fades: ClassVar[bool] = False
-    """Whether the model is not itself before training ends, so that no earlier checkpoint may replace the last one."""
+    """Whether what it chose when training began is in no checkpoint, so that training can't be resumed from one."""
     rides: ClassVar[bool] = True
     """Whether training may happen in its pause."""
     writes: ClassVar[frozenset[str]] = frozenset()
@@ -112,7 +115,11 @@ class Method(Step):
         return False
 
     def applied(self, model: nn.Module, task: Any) -> AbstractContextManager[Tick | None]:
-        """Before the yield: choose, insert, freeze. The pause: training, calling the yielded tick. After: cut, merge, pack."""
+        """Before the yield: choose, insert, freeze. The pause: training, calling the yielded tick. After: cut, merge, pack.
+
+        On an error, whoever drives it gives the model back as it was (`restored_on_error`): what is left to a method then are
+        its hooks, and values that it wrote in place.
+        """
         raise NotImplementedError
 
     def run(self, model: nn.Module, task: Any) -> None:
@@ -120,7 +127,8 @@ class Method(Step):
 
         Afterwards `model.save_pretrained` writes what loads.
         """
-        with self.applied(model, task if task is None or hasattr(task, "batches") else Batches(task)) as tick:
+        task = task if task is None or hasattr(task, "batches") else Batches(task)
+        with restored_on_error(model), self.applied(model, task) as tick:
             if tick is not None:
                 tick(1.0)
         leave_loadable(model, [self])

@@ -11,6 +11,7 @@ from torch import nn
 from hfcompress.checkpoint.structure import kept_in_float32
 from hfcompress.layers import DTYPES
 from hfcompress.methods.base import Method, Tick
+from hfcompress.surgery.modules import check_here
 
 
 class Cast(Method):
@@ -34,15 +35,22 @@ class Cast(Method):
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
+        check_here(model, "cast")
+        wrapped: Any = model
+        body = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+        cast: dict[int, Any] = {}
         for prefix, module in model.named_modules():
             # Module.to would also convert the scales of quantised layers, and an 8-bit layer's codes.
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(self._dtype_of(model, f"{prefix}.{name}"))
+                dtype = self._dtype_of(body, f"{prefix}.{name}")
+                if parameter.is_floating_point() and parameter.dtype != dtype:
+                    new = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                    setattr(module, name, cast.setdefault(id(parameter), new))  # one for all that are tied
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                    setattr(module, name, buffer.to(self._dtype_of(model, f"{prefix}.{name}")))
-        model.config.dtype = DTYPES[self.dtype]  # type: ignore[union-attr]
+                    setattr(module, name, buffer.to(self._dtype_of(body, f"{prefix}.{name}")))
+        if getattr(body, "config", None) is not None:
+            body.config.dtype = DTYPES[self.dtype]
 
     def _dtype_of(self, model: nn.Module, name: str) -> torch.dtype:
         return torch.float32 if kept_in_float32(model, name, DTYPES[self.dtype]) else DTYPES[self.dtype]

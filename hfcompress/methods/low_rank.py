@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers import kind_of
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery.modules import check_editable, swap
-from hfcompress.surgery.targets import body_linears, matching
+from hfcompress.surgery.modules import check_editable, is_gated, swap
+from hfcompress.surgery.targets import body_linears, check_unshared, matching, sharing
 
 log = logging.getLogger("hfcompress")
 
@@ -61,18 +62,18 @@ class LowRank(Method):
                 raise CompressionError("low_rank: no dense linear layer is left; list it before quantize.")
             return linears
         tables = [name for name, module in model.named_modules() if type(module) is nn.Embedding]
-        chosen = matching(model, self.target_modules, linears + tables, "low_rank")
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        for name in chosen:
-            if head is not None and model.get_submodule(name).weight is head.weight:
-                raise CompressionError(
-                    f"low_rank: {name} is tied to the language-model head, and factoring one would untie them; "
-                    f"take it out of target_modules."
-                )
+        tied = [name for name in sharing(model) if kind_of(model.get_submodule(name)) in ("linear", "conv1d", "embedding")]
+        chosen = matching(model, self.target_modules, list(dict.fromkeys([*linears, *tables, *tied])), "low_rank")
+        check_unshared(model, chosen, "low_rank")
         return chosen
 
     def _factor(self, model: nn.Module, name: str) -> bool:
         old: Any = model.get_submodule(name)
+        if is_gated(old):
+            raise CompressionError(
+                f"low_rank: {name} reads units that fade in this training, and would be cut as factors; do low_rank in a step "
+                f"after, or take {name.rpartition('.')[2]} out of target_modules."
+            )
         matrix = old.weight.detach()
         if isinstance(old, nn.Embedding | Conv1D):
             matrix = matrix.T  # (out, in), as a Linear holds it
@@ -85,7 +86,8 @@ class LowRank(Method):
         root = values[:rank].sqrt()
         into, out = right[:rank] * root[:, None], left[:, :rank] * root
         kind = LowRankEmbedding if isinstance(old, nn.Embedding) else LowRankLinear
-        swap(model, name, kind.from_dense(old, into.to(matrix.dtype), out.to(matrix.dtype)))
+        new = kind.from_dense(old, into.to(matrix.dtype), out.to(matrix.dtype))
+        swap(model, name, new.requires_grad_(old.weight.requires_grad))
         return True
 
     def _rank(self, values: Tensor, shape: torch.Size) -> int:

@@ -18,7 +18,7 @@ from hfcompress.calibration.second_moments import DAMPING
 from hfcompress.calibration.selection import Target, chosen
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.methods.base import Method, Tick, every_method
-from hfcompress.surgery.modules import check_editable
+from hfcompress.surgery.modules import check_editable, in_float32, is_gated
 from hfcompress.surgery.units.cut import check_cuttable, cut
 from hfcompress.surgery.units.fading import Fading
 from hfcompress.surgery.units.spans import Units, queries
@@ -33,6 +33,7 @@ class UnitPruning(Method):
     edits: ClassVar[frozenset[str]] = frozenset({"units"})
     needs_dense: ClassVar[bool] = True
     needs_units: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = True
     fades: ClassVar[bool] = True
     writes: ClassVar[frozenset[str]] = frozenset({"save_scores"})
     tag: ClassVar[str] = "pruning"
@@ -148,6 +149,7 @@ class UnitPruning(Method):
         all_units = units_of(model, self.kind, without_units())
         for units in all_units:
             check_cuttable(model, units)
+        self._check_no_gates(model, all_units)
         batches = self._batches(model, task)
         if self.repair and batches is None:
             raise CompressionError(
@@ -187,14 +189,14 @@ class UnitPruning(Method):
                 fading.silence(fading.doomed)
                 repair(model, all_units, fading.kept, batches, self.damping, undo)
             yield tick
+            for units, keep in zip(all_units, fading.kept, strict=True):
+                if keep.shape[-1] < units.count:
+                    cut(model, units, keep)
         except BaseException:
             undo.undo()
             raise
         finally:
             fading.remove()
-        for units, keep in zip(all_units, fading.kept, strict=True):
-            if keep.shape[-1] < units.count:
-                cut(model, units, keep)
 
     def _batches(self, model: nn.Module, task: Any) -> MakeBatches | None:
         if task is None or not getattr(task, "has_data", True):
@@ -210,7 +212,8 @@ class UnitPruning(Method):
                 f"scores: {self.scores} needs calibration data; give a task or batches{with_labels}, or choose scores: "
                 f"magnitude."
             )
-        return score(self.scores, model, all_units, batches, self.seed)
+        with in_float32(model, (torch.float16,)):  # whose gradients vanish
+            return score(self.scores, model, all_units, batches, self.seed)
 
     def _target(self, part: int) -> Target:
         """What is gone after so many of the iterations."""
@@ -218,6 +221,15 @@ class UnitPruning(Method):
         return Target(
             self.key(), (self.ratio or 0) * share, self.ranking, self.round_to, self.min_ratio * share, self.max_ratio
         )
+
+    def _check_no_gates(self, model: nn.Module, all_units: list[Units]) -> None:
+        """Nobody tells a Trainer's callback that its training was interrupted: gates stay on as long as the Trainer lives."""
+        for name in (span.module for units in all_units for span in units.outputs):
+            if is_gated(model.get_submodule(name)):
+                raise CompressionError(
+                    f"{self.key()}: {name} still has the gates of another training of this model, which goes on or was "
+                    f"interrupted; delete its Trainer, or load the model anew."
+                )
 
     def _named(self, all_units: list[Units]) -> list[Tensor] | None:
         """What `keep` names, a tensor of units for every layer."""

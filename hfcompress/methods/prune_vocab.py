@@ -13,7 +13,7 @@ from torch import nn
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.methods.base import Method, Tick, leave_loadable
 from hfcompress.methods.riding import check_together
-from hfcompress.surgery.modules import check_editable
+from hfcompress.surgery.modules import check_editable, restored_on_error
 from hfcompress.surgery.vocabulary.embeddings import fixed_tokens, keep_tokens, named_tokens, vocabulary_size
 from hfcompress.surgery.vocabulary.tokenizer import Vocabulary, check_same, counted, tokenizer_of
 
@@ -90,7 +90,8 @@ class PruneVocab(Method):
             )
         new = vocabulary.smaller([index for index in keep if index in set(vocabulary.ids.values())])
         check_same(tokenizer, new, texts)
-        keep_tokens(model, keep)
+        with restored_on_error(model):
+            keep_tokens(model, keep)
         if hasattr(task, "adopt"):
             exact = self.corpus is None and counts.keys() <= set(keep)
             was = _digest(task.data_tokens()) if exact else b""

@@ -25,6 +25,7 @@ class PruneWeights(Method):
 
     edits: ClassVar[frozenset[str]] = frozenset({"values"})
     needs_dense: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = True
     tag: ClassVar[str] = "pruning"
 
     sparsity: float = Field(gt=0, lt=1, description="Share of the weights to set to zero in every target layer, 0..1.")
@@ -44,21 +45,21 @@ class PruneWeights(Method):
         weights: list[Any] = [model.get_submodule(name).weight for name in names]
         alive = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
 
+        @torch.no_grad()
         def tick(progress: float) -> None:
             left = (1 - min(1.0, progress / self.ramp)) ** 3
             for weight, mask in zip(weights, alive, strict=True):
-                _sparsify(weight, mask, self.sparsity * (1 - left))
+                _shrink(mask, weight, self.sparsity * (1 - left))
+            for weight, mask in zip(weights, alive, strict=True):  # when nothing can fail any more
+                weight *= mask.to(weight.device)
 
         yield tick
         tick(1.0)
 
 
-@torch.no_grad()
-def _sparsify(weight: Any, mask: Tensor, sparsity: float) -> None:
-    """Zero the smallest weights that are still alive, until `sparsity` of all are zero. `mask` only ever shrinks."""
-    weight *= mask
+def _shrink(mask: Tensor, weight: Any, sparsity: float) -> None:
+    """Drop the smallest weights that are still alive from the mask, until `sparsity` of all are out of it."""
     more = int(weight.numel() * sparsity) - int((~mask).sum())
     if more > 0:
-        size = weight.abs().masked_fill(~mask, torch.inf).flatten()
+        size = weight.detach().to(mask.device).abs().masked_fill(~mask, torch.inf).flatten()
         mask.view(-1)[size.topk(more, largest=False).indices] = False
-        weight *= mask

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hfcompress.checkpoint.artifact import ADAPTER
 from hfcompress.checkpoint.errors import CompressionError, shown
 from hfcompress.methods import Method
 from hfcompress.run.recipe import Recipe
@@ -89,10 +90,13 @@ def changed_inputs(folder: Path, now: dict[str, str]) -> list[str]:
     return [place for place, noted in then.items() if now.get(place, noted) != noted] if isinstance(then, dict) else []
 
 
-def check_no_adapter(recipe: Recipe) -> None:
-    """Adapter files beside a model's weights would be loaded with them, and no method could tell one from the other."""
-    model = local_inputs(recipe).get("model")
-    if model is not None and (model / "adapter_config.json").is_file():
+def check_no_adapter(recipe: Recipe, model: Any = None) -> None:
+    """Adapter files beside a model's weights would be loaded with them, and no method could tell one from the other. Those in a
+    folder of their own are what a step of ours kept. `model`: as it was loaded, from the Hub perhaps."""
+    place = local_inputs(recipe).get("model")
+    ours = place is not None and (place / ADAPTER).is_dir()
+    beside = place is not None and (place / "adapter_config.json").is_file()
+    if beside or (getattr(model, "peft_config", None) and not ours):
         raise CompressionError(
             f"model {shown(recipe.model, 200)}: adapter files (adapter_config.json) lie beside its weights, and a recipe needs "
             f"one model; merge the adapter with PEFT's merge_and_unload and save the result, or take its files away."

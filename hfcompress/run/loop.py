@@ -151,6 +151,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
     model = artifact.load(task, recipe.model).to(state.device)
+    check_no_adapter(recipe, model)
     record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
 

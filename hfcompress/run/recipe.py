@@ -284,8 +284,14 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
             mistakes.append(
                 f"steps.{number}: the adapter of steps.{adapted} is kept, and only cast may follow it; set merge: true there."
             )
-        if isinstance(step, Train) and (step.model_extra or {}).get("load_best_model_at_end") and any(r.fades for r in riders):
-            mistakes.append(f"steps.{number}: load_best_model_at_end would bring back units that have faded out; take it out.")
+        if (
+            isinstance(step, Train)
+            and (step.model_extra or {}).get("load_best_model_at_end")
+            and any(rider.scheduled for rider in riders)
+        ):
+            mistakes.append(
+                f"steps.{number}: load_best_model_at_end would bring back what pruning has not finished with; take it out."
+            )
         if any(rider.keeps_adapter for rider in riders):
             adapted = number
         if quantised is not None and step is not None:

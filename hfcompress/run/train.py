@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import typing
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,9 @@ from hfcompress.methods.base import Method, Step
 from hfcompress.methods.riding import riding
 from hfcompress.run.callback import Ticking, check_riders, shards
 from hfcompress.run.training_values import value_mistake
+from hfcompress.surgery.modules import in_float32
+
+log = logging.getLogger("hfcompress")
 
 # What the recipe decides itself: where things lie, and which process does what.
 _OURS = frozenset({"output_dir", "push_to_hub", "hub_model_id", "hub_token", "resume_from_checkpoint", "local_rank"})
@@ -36,7 +40,8 @@ def training_fields() -> dict[str, Any]:
 class Train(Step):
     """Train with the Hugging Face Trainer; every TrainingArguments field is allowed under its own name.
 
-    bf16 is on by default where the processor has it; nothing is reported to trackers unless `report_to` asks for it.
+    bf16 is on by default where the processor has it; nothing is reported to trackers unless `report_to` asks for it. A model
+    stored in half precision is trained in float32, which takes memory, and has its dtype back afterwards.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -115,12 +120,17 @@ class Train(Step):
             arguments = self.arguments(folder)
             transformers_set_seed(arguments.seed)
             _check_whole(arguments)
-            check_riders(self.riders, arguments)
+            if getattr(model, "peft_config", None):
+                raise CompressionError(
+                    "train: the model carries an adapter, and its own weights are frozen; merge the adapter first "
+                    "(PeftModel.merge_and_unload)."
+                )
             trained = any(parameter.requires_grad for parameter in model.parameters())
             if not trained and not any(rider.adds_parameters for rider in self.riders):
                 raise CompressionError("train: no weight of the model can be trained; add adapters under with.")
             riders = (*self.riders, *_own_loss(model, self.riders, arguments))
-            with _returning_attentions(model, riders), riding(model, riders, task) as tick:
+            check_riders(riders, arguments)
+            with _trainable(model, riders), _returning_attentions(model, riders), riding(model, riders, task) as tick:
                 trainer = _trainer(model, arguments, task, tick)
                 trainer.train()
                 # accelerate wrapped forward in autocast and would leave it there: later steps would measure another model.
@@ -139,10 +149,30 @@ class Train(Step):
         }
         if self.model_extra and self.model_extra.get("fp16"):
             defaults["bf16"] = False
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=output_dir,
             **{**defaults, **(self.model_extra or {}), "num_train_epochs": self.epochs, "disable_tqdm": True},
         )
+        if arguments.n_gpu > 1:  # DataParallel copies the model at every step, and what rides along with it dies
+            log.warning(
+                "train: one of %d GPUs is used; start a process a GPU with torchrun or accelerate launch to use all.",
+                arguments.n_gpu,
+            )
+            arguments._n_gpu = 1
+        return arguments
+
+
+@contextmanager
+def _trainable(model: nn.Module, riders: Iterable[Method]) -> Iterator[None]:
+    """Weights of half precision in float32 while they are trained, and afterwards in the dtype they had, unless a rider casts
+    them. Adapters see to their own, and leave what they freeze as it is."""
+    riders = tuple(riders)
+    if any("adapter" in rider.edits for rider in riders):
+        yield
+        return
+    casts = any("dtype" in rider.edits for rider in riders)
+    with in_float32(model, gives_back=not casts):
+        yield
 
 
 def _check_whole(arguments: TrainingArguments) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import inspect
 import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
@@ -73,19 +72,40 @@ def body_linears(model: Any) -> list[str]:
     """
     prefix, base = base_of(model)
     skip = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    places = collections.Counter(id(module) for _, module in base.named_modules(remove_duplicate=False))
-    holders = collections.Counter(
-        id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), Tensor)
-    )
+    shared = sharing(model)
     return [
         f"{prefix}{name}"
         for name, module in base.named_modules()
         if module is not skip
         and kind_of(module) in ("linear", "conv1d")
-        and places[id(module)] == 1
-        and holders[id(module.weight)] == 1
+        and f"{prefix}{name}" not in shared
         and not reads_weight(base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
     ]
+
+
+def sharing(model: nn.Module) -> dict[str, list[str]]:
+    """A module's name to the others that hold the same weight, or are the same module: what stands in for one parts them.
+
+    Told by where weights lie in memory, as a tie may be one parameter, or two on the same storage.
+    """
+    holders: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.numel():
+            place = id(weight) if weight.is_meta else (weight.device, weight.data_ptr())
+            holders.setdefault(place, []).append(name)
+    return {name: [one for one in names if one != name] for names in holders.values() if len(names) > 1 for name in names}
+
+
+def check_unshared(model: nn.Module, names: list[str], where: str) -> None:
+    """CompressionError for the first of these that shares its weight."""
+    shared = sharing(model)
+    for name in names:
+        if name in shared:
+            raise CompressionError(
+                f"{where}: {name.removesuffix('.base_layer')} shares its weight with {' and '.join(shared[name])}, and {where} "
+                f"would part them; take it out of target_modules."
+            )
 
 
 def reads_weight(owner: nn.Module, leaf: str, even_dtype: bool = False) -> bool:

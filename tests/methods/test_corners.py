@@ -28,9 +28,9 @@ from hfcompress import (
     Quantize,
     attach,
     riding,
-    signals,
 )
 from hfcompress.calibration.batches import Batches
+from hfcompress.distillation import teacher_cache as signals
 from hfcompress.distillation.teachers import fitting
 from hfcompress.methods.riding import check_together
 from hfcompress.run.recipe import Recipe

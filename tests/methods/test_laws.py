@@ -170,14 +170,14 @@ def test_full_rank_equals_dense(kind: str) -> None:
     method = LowRank(rank=10**6)
     for units in units_of(model, "neurons"):
         # forced: at full rank the factors are larger than the layer, so the method itself would leave it alone
-        from hfcompress.methods.low_rank import _as_layer
+        from hfcompress.layers.low_rank import LowRankLinear
         from hfcompress.surgery.modules import swap
 
         old = model.get_submodule(units.output)
         matrix = old.weight.detach().T if type(old).__name__ == "Conv1D" else old.weight.detach()
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         assert method._rank(values, matrix.shape) == len(values)
-        swap(model, units.output, _as_layer(old, right * values.sqrt()[:, None], left * values.sqrt()))
+        swap(model, units.output, LowRankLinear.from_dense(old, right * values.sqrt()[:, None], left * values.sqrt()))
     torch.testing.assert_close(logits(model, kind), before, atol=1e-4, rtol=1e-4)
 
 

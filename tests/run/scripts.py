@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -42,6 +44,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     default_data_collator,
+    get_scheduler,
     set_seed,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -132,6 +135,50 @@ def glue(argv: list[str], line: Line) -> Any:
         **line.keywords,
     )
     return finished(trainer, args, line)
+
+
+# ---------------------------------------------------------------- run_glue_no_trainer
+
+
+def glue_no_trainer(folder: Path, out: Path, around: Callable[..., Any], steps: int = 4) -> Any:
+    """The loop of accelerate's examples: two groups of parameters, a scheduler, `prepare`, and only then the training.
+
+    `around(model, loader, optimizer)` is what a user would add: a context manager that gives a tick, or None.
+    """
+    accelerator = Accelerator(cpu=True)
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(TOPICS))
+    raw = split(
+        DataArguments(), lambda rng: (lambda topic: {"text": tiny_text(topic, rng), "label": topic})(rng.choice([*TOPICS]))
+    )
+    labels = sorted(TOPICS)
+
+    def preprocess(examples: Any) -> Any:
+        return {**tokenizer(examples["text"]), "labels": [labels.index(label) for label in examples["label"]]}
+
+    rows = raw["train"].map(preprocess, batched=True, remove_columns=raw["train"].column_names)
+    loader = DataLoader(rows, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer), batch_size=6)
+    bare = ("bias", "LayerNorm.weight")
+    groups = [
+        {"params": [one for name, one in model.named_parameters() if not name.endswith(bare)], "weight_decay": 0.01},
+        {"params": [one for name, one in model.named_parameters() if name.endswith(bare)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    with around(accelerator.unwrap_model(model), loader, optimizer) as tick:
+        model.train()
+        for step, batch in enumerate(loader, start=1):
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if tick is not None:
+                tick(step / steps)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.save_pretrained(out, is_main_process=accelerator.is_main_process, save_function=accelerator.save)
+    return model
 
 
 # ---------------------------------------------------------------- run_clm

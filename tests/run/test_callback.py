@@ -283,7 +283,7 @@ def test_mistakes_have_their_sentence(tmp_path: Path) -> None:
         "save_steps": 1,
     }
     refused(
-        "prune_heads: load_best_model_at_end would bring back a checkpoint from before its units had faded out; "
+        "prune_heads: load_best_model_at_end would bring back a checkpoint from before its schedule was over; "
         "set load_best_model_at_end=False, or prune before training.",
         Distill(teacher),
         PruneHeads(0.5),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import SwinConfig, SwinForImageClassification
+from transformers import AutoTokenizer, SwinConfig, SwinForImageClassification
 
-from hfcompress import CompressionCallback, CompressionError, Distill, attach, riding
-from tests.run.scripts import SCRIPTS, Line, checkpoint
+from hfcompress import (
+    Adapters,
+    CompressionCallback,
+    CompressionError,
+    Distill,
+    LowRank,
+    PruneHeads,
+    PruneNeurons,
+    attach,
+    riding,
+)
+from hfcompress.methods import Method
+from tests.run.scripts import SCRIPTS, Line, checkpoint, glue_no_trainer
 
 STEPS, HALF = 8, 4
 TERMS: dict[str, list[Any]] = {
@@ -149,6 +161,48 @@ def test_without_the_callback_a_vit_does_not_resume(place: Path, tmp_path: Path)
     run("images", place, tmp_path / "whole")
     run("images", place, tmp_path / "again", resume_from_checkpoint=tmp_path / "whole" / f"checkpoint-{HALF}")
     assert not same(weights(tmp_path / "whole"), weights(tmp_path / "again")), "mended upstream: _read_back can go"
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [(LowRank(rank=4), Distill()), (Adapters(r=2, merge=False),), (PruneHeads(0.5), PruneNeurons(0.5), Distill())],
+    ids=lambda methods: "+".join(one.key() for one in methods),
+)
+def test_a_loop_without_a_trainer_trains_what_is_put_in(methods: tuple[Method, ...], place: Path, tmp_path: Path) -> None:
+    start = place / "glue" / "student"
+    if any(method.adds_parameters for method in methods):
+        with pytest.raises(
+            CompressionError, match=r"the optimizer was built before `riding` put new parameters into the model"
+        ):
+            glue_no_trainer(start, tmp_path / "never", lambda model, loader, _: riding(model, methods, loader))
+        assert not (tmp_path / "never").exists()
+    before: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def watched(model: Any, loader: Any, optimizer: Any) -> Any:
+        with riding(model, methods, loader, optimizer=optimizer) as tick:
+            before.update({name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad})
+            yield tick
+            unmoved = [name for name, one in model.named_parameters() if name in before and torch.equal(one, before[name])]
+            assert before and not unmoved
+
+    model = glue_no_trainer(start, tmp_path / "out", watched)
+    words = {"input_ids": torch.tensor([[2, 7, 9, 11, 3]])}
+    again = SCRIPTS["glue"][1].from_pretrained(tmp_path / "out", num_labels=3).eval()
+    assert torch.equal(again(**words).logits, model.eval()(**words).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_checkpoint_of_half_precision_stays_one_and_loads(dtype: torch.dtype, place: Path, tmp_path: Path) -> None:
+    SCRIPTS["glue"][1].from_pretrained(place / "glue" / "student").to(dtype).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(place / "glue" / "student").save_pretrained(tmp_path / "half")
+    methods = (LowRank(rank=4, target_modules=["query", "key"]), PruneNeurons(0.5), Distill())
+    line = Line(keywords={"callbacks": [CompressionCallback(*methods)]})
+    trainer, _ = run("glue", place, tmp_path / "out", line, model_name_or_path=tmp_path / "half", eval_strategy="no")
+    assert {one.dtype for one in trainer.model.parameters()} == {dtype}
+    again = SCRIPTS["glue"][1].from_pretrained(tmp_path / "out").eval()
+    words = {"input_ids": torch.tensor([[2, 7, 9, 11, 3]])}
+    assert torch.equal(again(**words).logits, trainer.model.eval()(**words).logits) and again.dtype == dtype
 
 
 def test_attention_within_windows_is_refused() -> None:

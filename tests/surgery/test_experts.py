@@ -240,8 +240,8 @@ MISTAKES: list[tuple[str, dict[str, Any], Any, str]] = [
         "mixtral",
         {"ratio": 0.5},
         None,
-        "prune_experts: usage needs calibration data; give a task or batches, as in run(model, batches) before a Trainer is built, "
-        "or choose scores: magnitude.",
+        "prune_experts: usage needs calibration data; give a task or batches, as in run(model, batches) before a Trainer is built or "
+        "attach(trainer, ...) after, or choose scores: magnitude.",
     ),
     (
         "mixtral",

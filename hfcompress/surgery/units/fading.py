@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hfcompress.surgery.units.gates import Removable, gate, shaped
+from hfcompress.surgery.units.gates import Removable, folded_when_saved, gate, shaped
 from hfcompress.surgery.units.spans import Units
 
 
@@ -18,9 +18,8 @@ class Fading:
         self._gates = [torch.ones(units.shape) for units in all_units]
         self.kept = [torch.arange(units.count).expand(units.shape) for units in all_units]
         self.silent = [torch.zeros(units.shape, dtype=torch.bool) for units in all_units]
-        self._handles = Removable(
-            [gate(model, units, partial(shaped, values, units)) for units, values in zip(all_units, self._gates, strict=True)]
-        )
+        each = [(units, partial(shaped, values, units)) for units, values in zip(all_units, self._gates, strict=True)]
+        self._handles = Removable(put(model, *one) for put in (gate, folded_when_saved) for one in each)
 
     @property
     def staying(self) -> list[Tensor]:

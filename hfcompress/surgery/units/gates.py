@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hfcompress.surgery.units.spans import Span, Units, channel_axis
 
@@ -24,18 +26,47 @@ def gate(model: nn.Module, units: Units, gates: Gates) -> Removable:
     A hook and not a module, so that a checkpoint's keys stay the model's own. It is called once for every time that a module
     in `outputs` runs.
     """
-    return Removable([_gate_one(model, units, span, gates) for span in units.outputs])
+    return Removable(_gate_one(model, units, span, gates) for span in units.outputs)
+
+
+def folded_when_saved(model: nn.Module, units: Units, gates: Gates) -> Removable:
+    """Until removed, a `state_dict` tells the weights of `outputs` multiplied by their gates: a checkpoint has no hooks, and
+    loads as what the model computes when it is written."""
+
+    def fold(span: Span, module: nn.Module, tensors: dict[str, Tensor], prefix: str, _: Any) -> None:
+        key = f"{prefix}{span.leaf}"
+        tensors[key] = _scaled(tensors[key].detach(), span.axis, (units.count, span.width), gates)
+
+    handles = []
+    for span in units.outputs:
+        hook = partial(fold, span)
+        hook.is_gate = True  # type: ignore[attr-defined]
+        handles.append(model.get_submodule(span.module).register_state_dict_post_hook(hook))
+    return Removable(handles)
 
 
 class Removable:
-    """Several hooks that come off together."""
+    """Several hooks that come off together, and all of them if not all can be put on."""
 
-    def __init__(self, handles: list[Any]) -> None:
-        self._handles = handles
+    def __init__(self, handles: Iterable[Any]) -> None:
+        self._handles: list[Any] = []
+        self._held: list[tuple[dict[int, Any], int]] = []
+        try:
+            for handle in handles:
+                self._handles.append(handle)
+                if isinstance(handle, RemovableHandle):
+                    places = (handle.hooks_dict_ref, *handle.extra_dict_ref)
+                    self._held += [(hooks, handle.id) for place in places if (hooks := place()) is not None]
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        # A handle knows its hooks weakly: where the garbage collector ends a training that was interrupted, no more at all.
+        for hooks, number in self._held:
+            hooks.pop(number, None)
 
 
 def _gate_one(model: nn.Module, units: Units, span: Span, gates: Gates) -> Any:

@@ -79,6 +79,8 @@ class _Example:
     def _own(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
         """What one family, or one head, wants beside or instead."""
         name, ids = type(self.model).__name__, made.get("input_ids")
+        if name.endswith("ForMultipleChoice") and ids is not None:
+            return {"input_ids": torch.stack([ids, self._tokens("encoder")], dim=1)}  # (batch, choices, tokens)
         if ids is not None and name.endswith("ForSequenceClassification") and self.config.is_encoder_decoder:
             ids[:, -1] = self.config.eos_token_id  # the head reads the state of the last of these
         if name == "LongformerForQuestionAnswering" and ids is not None:
