@@ -88,7 +88,8 @@ class PruneVocab(Method):
                 f"prune_vocab: the texts use all {total} tokens, or these must stay, and nothing would be cut; raise "
                 f"min_count, or set tokens."
             )
-        new = vocabulary.smaller([index for index in keep if index in set(vocabulary.ids.values())])
+        known = set(vocabulary.ids.values())
+        new = vocabulary.smaller([index for index in keep if index in known])
         check_same(tokenizer, new, texts)
         keep_tokens(model, keep)
         if hasattr(task, "adopt"):
@@ -138,17 +139,19 @@ class PruneVocab(Method):
                 f"characters or bytes, what always names); allow more."
             )
         for index in sorted(counts, key=lambda index: (-counts[index], index)):
-            more = vocabulary.closed(index, names[index])
-            if counts[index] >= self.min_count and len(found | more) <= most:
+            if counts[index] < self.min_count or len(found) == most:
+                break  # the rest is rarer still, and every token wants room
+            more = vocabulary.closed(index, names[index]) - found
+            if len(found) + len(more) <= most:
                 found |= more
         return found
 
 
 def _digest(tokens: Iterable[int]) -> bytes:
-    told = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for token in tokens:
-        told.update(token.to_bytes(4, "little"))
-    return told.digest()
+        digest.update(token.to_bytes(4, "little"))
+    return digest.digest()
 
 
 def _become(processor: Any, tokenizer: Any, new: Any) -> None:

@@ -1,4 +1,4 @@
-"""Fewer tokens: cut a model's vocabulary, and let heads, biases, configs and all that names a token follow.
+"""Vocabulary pruning of a model: fewer rows of embeddings and heads, and biases, configs and all that names a token follow.
 
 Where the vocabulary lies is not known by name: two models on the meta device, whose configs differ in it alone, tell it.
 """

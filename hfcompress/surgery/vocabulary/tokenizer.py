@@ -1,4 +1,4 @@
-"""A tokenizer of fewer tokens, which cuts every text made of the tokens that stay into the very same tokens.
+"""Vocabulary pruning of a fast tokenizer: fewer tokens, and every text made of those that stay is cut into the very same.
 
 Why it does, kind by kind; in each, what is taken away never won where only kept tokens came out:
 - WordPiece takes the longest token that fits: the longest of all is the longest of some.
@@ -127,8 +127,7 @@ class Vocabulary:
                 f"prune_vocab: the tokenizer would count its tokens otherwise than the model ({wrong[:1]} and "
                 f"{max(0, len(wrong) - 1)} more), as its ids have gaps; leave prune_vocab out."
             )
-        new = copy.deepcopy(self._tokenizer)
-        new._tokenizer = backend
+        new = copy.deepcopy(self._tokenizer, {id(self._tokenizer._tokenizer): backend})
         new.init_kwargs = {key: _renumbered(key, value, place, self.ids) for key, value in new.init_kwargs.items()}
         for key, value in list(vars(new).items()):
             if key not in ("_tokenizer", "init_kwargs"):
@@ -138,8 +137,8 @@ class Vocabulary:
         return new
 
     def _cut(self, place: dict[int, int]) -> dict[str, Any]:
-        told = copy.deepcopy(self.told)
-        model = told["model"]
+        told = copy.deepcopy({key: value for key, value in self.told.items() if key != "model"})
+        told["model"] = model = dict(self.told["model"])  # its large tables are written anew
         if model["type"] == "Unigram":
             model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in place]
             model["unk_id"] = place.get(model["unk_id"])
