@@ -1,3 +1,5 @@
+"""Knowledge distillation as a method: its card, its fields, and the teachers and terms they ask for."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,3 +1,5 @@
+"""Vocabulary pruning as a method: which tokens stay, cut from model and tokenizer at once."""
+
 from __future__ import annotations
 
 import hashlib
