@@ -32,7 +32,7 @@ BELOW = {
     "layers": "checkpoint",
 }
 ONLY_IN = {
-    "huggingface_hub": {"results.hub", "results.card", "tasks.pretrained"},
+    "huggingface_hub": {"results.hub", "results.card", "tasks.pretrained", "run.doctor"},
     "transformers.quantizers": {"checkpoint.quantizer", "checkpoint.from_codes", "checkpoint.bnb_config"},
     "typer": {"run.cli"},
     "datasets": {"tasks.data", "tasks.metrics", *(f"tasks.{name}" for name in ("base", "texts", "labels", *TASK_FILES))},

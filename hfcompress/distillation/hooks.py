@@ -1,4 +1,4 @@
-"""A distillation while it runs: teachers, hooks on the student, projections, what is logged."""
+"""Knowledge distillation by forward hooks: teachers beside the student, its loss replaced, projections, what is logged."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.distillation.batch import Lesson, Related, common, problems
-from hfcompress.distillation.teacher_cache import Signals, fingerprint
+from hfcompress.distillation.batch import Batch, common
+from hfcompress.distillation.own_loss import balance
+from hfcompress.distillation.predictions import by_name, check_output, config_of, predictions, put_loss
+from hfcompress.distillation.relations import RelationHooks
+from hfcompress.distillation.teacher_cache import TeacherCache, fingerprint
 from hfcompress.distillation.teachers import Teacher, find, fitting, labels_of, unwrapped
 from hfcompress.distillation.terms import Layers, SoftTargets, Term
 from hfcompress.distillation.trl import ASKED, as_fused, unfused
 from hfcompress.layers.bitsandbytes import quiet_casts
 from hfcompress.surgery.units.gates import Removable
-from hfcompress.surgery.units.spans import roles
-from hfcompress.surgery.units.verify import units_of
 
 
-class Distilling:
+class Distillation:
     """One run of distillation: the teachers, the projections, the hooks on the student."""
 
     def __init__(self, method: Any, model: Any, task: Any) -> None:
@@ -35,27 +36,33 @@ class Distilling:
         for asked in method.teachers:
             found = find(asked, model, task, method.teacher_bits)
             self._teachers.append(Teacher(found, fitting(model, found, asked, processor)))
-        self._asked = {
-            f"output_{term.needs}": True for term in method.summands if term.needs in ("hidden_states", "attentions")
-        }
+        self._asked: dict[str, bool] = {}
+        for term in method.summands:
+            if term.needs in ("hidden_states", "attentions"):
+                self._asked[f"output_{term.needs}"] = True
+                for one in (self._core, *(teacher.model for teacher in self._teachers)):
+                    _check_asked(one, term)
         self._projections: dict[str, nn.Linear] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._logs: dict[str, list[Tensor]] = {}
         self._weights: list[Tensor] = []
         self._steps = self._reached = 0
         self._autocast: dict[str, Any] = {"enabled": False}
-        self._relations: list[_Relations] = []
-        self._signals = self._cached(task) if method.cache and self._teachers else None
-        if self._signals is not None:
+        self._total: Any = None
+        self._relations: list[RelationHooks] = []
+        self._cache = self._cached(task) if method.cache and self._teachers else None
+        if self._cache is not None:
             self._teachers = []
 
     # ------------------------------------------------------------ hooks
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        used = [teacher.model.config._attn_implementation for teacher in self._teachers]
-        for teacher in self._teachers if self._method.wants_attentions else ():
-            teacher.model.set_attn_implementation("eager")
+        mapped = [teacher.model for teacher in self._teachers if hasattr(teacher.model, "set_attn_implementation")]
+        mapped = mapped if self._method.wants_attentions else []
+        used = [teacher.config._attn_implementation for teacher in mapped]
+        for teacher in mapped:
+            teacher.set_attn_implementation("eager")
         handles = [
             self._model.register_forward_pre_hook(self._ask, with_kwargs=True),
             self._model.register_forward_hook(self._distilled, with_kwargs=True),
@@ -66,7 +73,7 @@ class Distilling:
         try:
             if any(term.needs == "relations" for term in self._method.summands):
                 wanted = [term for term in self._method.summands if isinstance(term, Layers) and term.needs == "relations"]
-                self._relations = [_Relations(self._core, teacher.model, wanted) for teacher in self._teachers]
+                self._relations = [RelationHooks(self._core, teacher.model, wanted) for teacher in self._teachers]
             with quiet_casts():
                 yield
         finally:
@@ -74,17 +81,25 @@ class Distilling:
             for relations in self._relations:
                 relations.remove()
             # a teacher may be the very model that results are compared with, in time too
-            for teacher, implementation in zip(self._teachers, used, strict=True) if self._method.wants_attentions else ():
-                teacher.model.set_attn_implementation(implementation)
+            for teacher, implementation in zip(mapped, used, strict=True):
+                teacher.set_attn_implementation(implementation)
 
     def _ask(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (student.training and torch.is_grad_enabled()):
             return None
+        if getattr(student, "_is_replica", False):
+            raise CompressionError(
+                "distill: torch's DataParallel runs copies of the student in threads, and has one teacher for all; start "
+                "a process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
+            )
         for relations in self._relations:
             relations.is_watching = True
         # As the Trainer has it, and the teacher: with a cache, transformers doesn't tell the texts of a packed row apart.
         spare = {"use_cache": False} if self._can_cache and not args else {}
-        return args, unfused({**spare, **kwargs, **self._asked})
+        given = unfused({**spare, **kwargs, **self._asked})
+        # A head that heeds the count gives a part of a mean, one that does not a mean: without it all give the mean.
+        self._total = given.pop("num_items_in_batch", None)
+        return args, given
 
     def _notice(self, module: nn.Module, args: Any) -> None:
         kind = next(self._model.parameters()).device.type
@@ -92,56 +107,55 @@ class Distilling:
 
     def _distilled(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if student.training and torch.is_grad_enabled():
-            inputs = _by_name(student, args, kwargs)
-            found, weights = problems(self._core, inputs, output)
+            check_output(self._core, output)
+            inputs, answer = _by_name(student, args, kwargs), by_name(output)
+            found, weights = predictions(self._core, inputs, answer)
             device, recorded = found[0].logits.device, None
-            if self._signals is not None:
-                recorded = self._signals.of(self._core, inputs, found[0])
+            if self._cache is not None:
+                recorded = self._cache.of(self._core, inputs, found[0])
             with torch.autocast(device.type, **self._autocast):
                 answers = [teacher(self._shown(inputs), device, **self._asked) for teacher in self._teachers]
-            lesson = Lesson(
+            batch = Batch(
+                model=self._core,
                 inputs=inputs,
-                student=output,
+                output=answer,
                 teachers=answers,
-                problems=found,
+                predictions=found,
                 weights=weights,
                 temperature=self._method.temperature,
-                is_encoder_decoder=self._core.config.is_encoder_decoder,
                 project=self._project,
+                total=self._total,
                 recorded=recorded,
                 relations=[relations.seen() for relations in self._relations],
             )
-            output.loss = self._loss(lesson, inputs.get("num_items_in_batch"))
+            loss = self._loss(batch)
+            put_loss(output, loss)
             if ASKED in inputs:
-                as_fused(output, found[0], output.loss * weights.sum().clamp_min(1))
+                as_fused(output, found[0], loss * weights.sum().clamp_min(1))
         return output
 
     def _shown(self, inputs: dict[str, Any]) -> dict[str, Any]:
         ours = {"return_dict", ASKED}
         return {name: value for name, value in inputs.items() if not name.startswith("output_") and name not in ours}
 
-    def _loss(self, lesson: Lesson, total: Any) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         """The weighted terms, divided by the labels of the whole accumulated batch where the Trainer counted them: it does not
         divide by the accumulation steps then. Without that count it does, and the batch's own is the right divisor."""
-        mine = lesson.weights.sum().clamp_min(1)
-        values = {term.key: lesson.mean(term.parts(lesson)) for term in self._method.summands}
+        mine, total = batch.weights.sum(), batch.total
+        values = {term.key: term.total(batch) for term in self._method.summands}
         for key, value in values.items():
             self._logs.setdefault(f"distill/{key}", []).append(value.detach())
-        self._weights.append(mine)
+        self._weights.append(mine.clamp_min(1))
         loss = torch.stack([term.weight * values[term.key] for term in self._method.summands]).sum()
         # a whole accumulated batch without a label has a total of 0
-        loss = loss / (mine if total is None else torch.as_tensor(total, device=mine.device).clamp_min(1))
-        if (auxiliary := self._balance(lesson.student)) is not None:
-            loss = loss + auxiliary * (1 if total is None else mine / total)
+        divisor = (mine if total is None else torch.as_tensor(total, device=mine.device)).clamp_min(1)
+        loss = loss / divisor
+        if (auxiliary := balance(self._core, batch.output)) is not None:
+            loss = loss + auxiliary * (1 if total is None else mine / divisor)
         self._steps += 1
         if loss.requires_grad:
             loss.register_hook(self._reach)
         return loss
-
-    def _balance(self, output: Any) -> Tensor | None:
-        """What keeps the experts of a mixture in use: its model adds it to the loss that is replaced here."""
-        weight, found = getattr(self._core.config, "router_aux_loss_coef", None), getattr(output, "aux_loss", None)
-        return weight * found if weight and isinstance(found, Tensor) else None
 
     def _reach(self, gradient: Tensor) -> None:
         self._reached += 1
@@ -149,7 +163,7 @@ class Distilling:
     # ------------------------------------------------------------ between steps
 
     def tick(self, progress: float) -> dict[str, Tensor] | None:
-        """After an optimizer step: projections learn, and what the terms were is told."""
+        """After an optimizer step: projections learn. The mean of each term since the last one, for the log."""
         if self._steps and not self._reached:
             raise CompressionError(
                 "distill: the loss it put into the model's output was not the one that was trained on; a compute_loss of your "
@@ -161,9 +175,9 @@ class Distilling:
             if self._is_finite():
                 self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        told = {name: torch.stack(values).sum() / torch.stack(self._weights).sum() for name, values in self._logs.items()}
+        means = {name: torch.stack(values).sum() / torch.stack(self._weights).sum() for name, values in self._logs.items()}
         self._logs, self._weights = {}, []
-        return told or None
+        return means or None
 
     def _project(self, name: str, hidden: Tensor, width: int) -> Tensor:
         """Projections are no part of the student: a checkpoint holds its keys only, and they are left behind after training."""
@@ -200,7 +214,7 @@ class Distilling:
 
     # ------------------------------------------------------------ the cache
 
-    def _cached(self, task: Any) -> Signals:
+    def _cached(self, task: Any) -> TeacherCache:
         method, soft = self._method, [term for term in self._method.summands if term.needs == "logits"]
         temperatures = {(term.temperature or method.temperature) for term in soft if isinstance(term, SoftTargets)}
         plan = {
@@ -210,16 +224,16 @@ class Distilling:
             "top_k": method.top_k if all(isinstance(term, SoftTargets) for term in soft) else 10**9,
             "temperatures": sorted(temperatures),
         }
-        signals = Signals(method.cache or "", plan)
-        if not signals.is_complete:
-            signals.record(task.batches(self._model, None), self._answer, self._core)
-        signals.open().check(task.batches(self._model, 256), self._core)
-        return signals
+        cache = TeacherCache(method.cache or "", plan)
+        if not cache.is_complete:
+            cache.record(task.batches(self._model, None), self._answer, self._core)
+        cache.open().check(task.batches(self._model, 256), self._core)
+        return cache
 
     def _answer(self, batch: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
         device = next(self._model.parameters()).device
         answers = [teacher(batch, device) for teacher in self._teachers]
-        found, _ = problems(self._core, batch, answers[0])
+        found, _ = predictions(self._core, batch, answers[0])
         if len(found) > 1:
             raise CompressionError(
                 f"distill: cache stores classes, and {type(self._core).__name__} answers with positions; leave cache out."
@@ -227,64 +241,27 @@ class Distilling:
         return found[0], common([answer.logits for answer in answers])
 
 
-class _Relations:
-    """Watches queries, keys and values of the layers that terms ask for, in a student and a teacher."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, terms: list[Any]) -> None:
-        mine, theirs = units_of(student, "heads"), units_of(teacher, "heads")
-        self._layers = (len(mine), len(theirs))
-        self._heads = theirs[0].count
-        pairs = [pair for term in terms for pair in term.pairs(*self._layers)]
-        self._expected = {pair[0] for pair in pairs}
-        self._seen: tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Tensor]]] = ({}, {})
-        self._handles: list[Any] = []
-        self.is_watching = False
-        for side, (model, where) in enumerate(((student, mine), (teacher, theirs))):
-            if not all(map(roles, where)):
-                raise CompressionError(
-                    f"distill: relations: which projections of {type(model).__name__} make queries, keys and values is not "
-                    f"known; take another term, such as hidden_mse or attention_mse."
-                )
-            for layer in {pair[side] for pair in pairs}:
-                for name, kinds in roles(where[layer]):
-                    self._handles.append(model.get_submodule(name).register_forward_hook(self._watch(side, layer, kinds)))
-
-    def _watch(self, side: int, layer: int, kinds: tuple[str, ...]) -> Any:
-        def watch(module: nn.Module, args: Any, output: Tensor) -> None:
-            if side or (self.is_watching and torch.is_grad_enabled()):  # backward runs checkpointed layers once more
-                self._seen[side].setdefault(layer, {}).update(zip(kinds, output.chunk(len(kinds), dim=-1), strict=True))
-
-        return watch
-
-    def seen(self) -> Related:
-        self.is_watching = False
-        if self._expected - set(self._seen[0]):
-            raise CompressionError(
-                "distill: relations: gradient checkpointing with use_reentrant hides the layers; set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        related = Related(dict(self._seen[0]), dict(self._seen[1]), self._layers, self._heads)
-        for side in self._seen:
-            side.clear()
-        return related
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 def _check_kind(model: Any, terms: tuple[Term, ...]) -> None:
-    """Refuse before training what `problems` would find out in it."""
-    if not getattr(model.config, "return_dict", True):
+    """Refuse before training what would come out in it."""
+    config, soft = config_of(model), next((term for term in terms if isinstance(term, SoftTargets)), None)
+    if not getattr(config, "return_dict", True):
         raise CompressionError(
             f"distill: {type(model).__name__} returns tuples, and the loss is found by its name; set config.return_dict = True."
         )
-    config, soft = model.config, next((term for term in terms if isinstance(term, SoftTargets)), None)
     is_number = getattr(config, "num_labels", 2) == 1 or getattr(config, "problem_type", None) == "regression"
     if soft is not None and type(model).__name__.endswith("SequenceClassification") and is_number:
         raise CompressionError(
             f"distill: {soft.key} compares classes, and this {type(model).__name__} foretells a number; "
             f"use terms: [logits_mse, task], or train without distill."
+        )
+
+
+def _check_asked(model: Any, term: Term) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    if f"output_{term.needs}" not in accepted and all(one.kind != one.VAR_KEYWORD for one in accepted.values()):
+        raise CompressionError(
+            f"distill: {term.key} needs {term.needs}, and {type(model).__name__}.forward takes no output_{term.needs}; take a "
+            f"term on answers, such as kl."
         )
 
 

@@ -1,7 +1,7 @@
-"""Distillation losses: pure functions, one value an item, so that whoever sums them also decides what to divide by.
+"""Losses of knowledge distillation: pure functions, one value an item, so that whoever sums them decides what to divide by.
 
 Distributions come as log-probabilities (..., C) in float32, see `log_probs`; T^2 is the caller's to multiply, see `scaled`.
-Of each it is said what it is when student and teacher agree.
+Each docstring tells the value where student and teacher agree.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Teachers of a distillation: found, frozen, and checked that they answer the same question as the student."""
+"""Teachers of knowledge distillation: loaded, frozen, and checked that they answer the same question as the student."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.distillation.predictions import by_name, config_of, is_encoder_decoder
 from hfcompress.layers.bitsandbytes import coded
 from hfcompress.surgery.modules import copied, swap
 from hfcompress.surgery.targets import codable
 
+log = logging.getLogger("hfcompress")
 ORIGINAL, CURRENT = "original", "current"
 
 
@@ -35,16 +38,21 @@ class Teacher:
             self._placed = device
         self.model.eval()  # whoever holds it too may have set it to train
         # An encoder-decoder makes its decoder's inputs of the labels; others would only compute a loss in vain.
-        needs_labels = self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs
+        needs_labels = is_encoder_decoder(self.model) and "decoder_input_ids" not in inputs
         dropped = {"num_items_in_batch", "shift_labels", "start_positions", "end_positions"}
         dropped |= set() if needs_labels else {"labels"}
         given = {name: self._cast(value) for name, value in inputs.items() if name not in dropped and self._knows(name)}
-        if not getattr(self.model.config, "return_dict", True):
+        if not getattr(config_of(self.model), "return_dict", True):
             given["return_dict"] = True
         if "use_cache" in self._accepted:
             given["use_cache"] = False
+        if not given:
+            raise CompressionError(
+                f"distill: the teacher's {type(self.model).__name__}.forward takes {', '.join(sorted(self._accepted))}, "
+                f"and the student was given {', '.join(inputs)}; name its arguments as the student's."
+            )
         with torch.no_grad():
-            output = self.model(**given, **asked)
+            output = by_name(self.model(**given, **asked))
         if self.columns is not None:
             output.logits = output.logits[..., self.columns.to(output.logits.device)]
         return output
@@ -130,7 +138,7 @@ def fitting(model: Any, teacher: Any, asked: Any, processor: Any) -> Tensor | No
     if hasattr(processor, "get_vocab"):
         _check_tokenizer(asked, processor)
     name, kept = type(unwrapped(model)).__name__, getattr(unwrapped(model), "kept_tokens", None)
-    mine, theirs = getattr(model.config, "vocab_size", None), getattr(teacher.config, "vocab_size", None)
+    mine, theirs = (getattr(config_of(one), "vocab_size", None) for one in (model, teacher))
     if kept and mine != theirs:
         raise CompressionError(
             f"distill: prune_vocab left the student {mine} tokens, under other ids than the teacher's {theirs}; give "
@@ -143,7 +151,7 @@ def fitting(model: Any, teacher: Any, asked: Any, processor: Any) -> Tensor | No
             f"distill: the teacher's vocabulary has {theirs} tokens and the student's {mine}; "
             f"take a teacher with the same tokenizer."
         )
-    if name.endswith("Classification"):
+    if _is_classifier(model) and hasattr(config_of(teacher), "id2label"):
         return _labels(model, teacher)
     if name.endswith("QuestionAnswering") or mine is None or theirs is None or theirs <= mine:
         return None
@@ -151,29 +159,52 @@ def fitting(model: Any, teacher: Any, asked: Any, processor: Any) -> Tensor | No
 
 
 def _labels(model: Any, teacher: Any) -> Tensor | None:
+    """The teacher's classes in the student's order, by their names, upper and lower case being one where that is unique. A
+    model whose classes have no names (LABEL_0, or 0, for the first) has them in the order of the other."""
     mine, theirs = _names(model.config), _names(teacher.config)
+    if set(mine) != set(theirs) and len(mine) == len(theirs):
+        if _are_default(mine) or _are_default(theirs):
+            log.info("distill: %s names no labels, which are taken in the student's order", _unnamed(theirs))
+            return None
+        plain = [{name.casefold(): number for name, number in names.items()} for names in (mine, theirs)]
+        if len(plain[0]) == len(plain[1]) == len(mine):
+            mine, theirs = plain
     if set(mine) != set(theirs):
         raise CompressionError(
-            f"distill: the teacher's labels {sorted(theirs)} are not the student's {sorted(mine)}; "
+            f"distill: the teacher's labels {shown(sorted(theirs))} are not the student's {shown(sorted(mine))}; "
             f"take a teacher that was trained on the same labels."
         )
     columns = torch.tensor([theirs[label] for label in sorted(mine, key=mine.__getitem__)])
     return None if columns.tolist() == list(range(len(columns))) else columns
 
 
+def _unnamed(theirs: dict[str, int]) -> str:
+    return "the teacher" if _are_default(theirs) else "the student"
+
+
+def _are_default(names: dict[str, int]) -> bool:
+    """Whether classes are called what transformers calls them that nobody named, or by their numbers."""
+    return all(name in (f"LABEL_{number}", str(number)) for name, number in names.items())
+
+
 def labels_of(model: Any) -> list[str] | None:
     """The classes of a classifier, in their order."""
-    if not type(unwrapped(model)).__name__.endswith("Classification"):
+    if not _is_classifier(model):
         return None
     names = _names(model.config)
     return sorted(names, key=names.__getitem__)
 
 
+def _is_classifier(model: Any) -> bool:
+    return type(unwrapped(model)).__name__.endswith("Classification") and hasattr(config_of(model), "id2label")
+
+
 def _names(config: Any) -> dict[str, int]:
     # Either may be unset, or be the default beside the other; id2label is what a class is called by.
     default = {f"LABEL_{number}": number for number in range(config.num_labels)}
-    told = {str(name): int(number) for number, name in (config.id2label or {}).items()}
-    return told if told and told != default else config.label2id or default
+    names = {str(name): int(number) for number, name in (config.id2label or {}).items()}
+    names = names if names and names != default else config.label2id or default
+    return {str(name): int(number) for name, number in names.items()}
 
 
 def _check_tokenizer(asked: Any, processor: Any) -> None:

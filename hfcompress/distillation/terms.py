@@ -1,7 +1,8 @@
-"""The terms a distillation loss may have. Adding one: its class here, its line in TERMS, its row in the tests of laws.
+"""Loss terms of knowledge distillation: soft targets, logits, hidden states, attention maps, relations, and the task's own.
 
-Each yields parts `(values, rows)`: one value for every row that counts, and which rows those are. A row is an example, (B,), or
-a position of one, (B, T). `Lesson.mean` puts them together so that it does not matter how a batch was cut, padded or spread.
+Adding one: its class here, its line in TERMS, its row in the tests of laws. Each yields parts (see `batch.Part`): one value for
+every row that counts, an example, (B,), or a position of one, (B, T). `Batch.mean` puts them together so that it does not
+matter how a batch was cut, padded or spread.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.fields import Fields
 from hfcompress.distillation import losses
-from hfcompress.distillation.batch import Lesson
+from hfcompress.distillation.batch import Batch, Part
+from hfcompress.distillation.own_loss import task_loss
+from hfcompress.distillation.predictions import is_encoder_decoder
 
-Parts = Iterator[tuple[Tensor, Tensor]]
+Parts = Iterator[Part]
 
 
 class Term(Fields):
@@ -39,30 +42,36 @@ class Term(Fields):
             return self.key
         return {self.key: kept["weight"] if set(kept) == {"weight"} else kept}
 
-    def parts(self, lesson: Lesson) -> Parts:
+    def total(self, batch: Batch) -> Tensor:
+        """The term's mean over the labels of the batch, not yet divided by their number."""
+        return batch.mean(self.parts(batch))
+
+    def parts(self, batch: Batch) -> Parts:
         raise NotImplementedError
 
 
 class Task(Term):
-    """The loss of the labels, without the teacher: cross-entropy, binary if labels are on or off, squared error of numbers."""
+    """The loss of the labels, without the teacher: the model's own where it has one (class weights, focal, auxiliary parts),
+    else cross-entropy, binary if labels are on or off, squared error of numbers. A model's own loss is taken as the
+    mean over its batch; accumulated batches are weighted by their labels."""
 
     key = "task"
     needs = "labels"
 
-    def parts(self, lesson: Lesson) -> Parts:
-        for problem in lesson.problems:
-            if problem.labels is None:
-                raise CompressionError(
-                    "distill: the model was given no labels (a loss function of the Trainer's own takes them away), so the "
-                    "task term can't mix in their loss; pass labels, or set alpha to 1 to learn from the teacher alone."
-                )
-            logits, labels = problem.logits[problem.known], problem.labels[problem.known]
-            if problem.kind == "classes":
-                yield losses.cross_entropy(logits, labels), problem.known
-            elif problem.kind == "labels":
-                yield losses.binary_cross_entropy(logits, labels), problem.known
+    def total(self, batch: Batch) -> Tensor:
+        return task_loss(batch, None if batch.predictions[0].labels is None else super().total(batch))
+
+    def parts(self, batch: Batch) -> Parts:
+        for prediction in batch.predictions:
+            rows, labels = prediction.known, prediction.labels
+            logits, labels = prediction.logits[rows], labels[rows]  # type: ignore[index]
+            if prediction.kind == "classes":
+                values = losses.cross_entropy(logits, labels)
+            elif prediction.kind == "labels":
+                values = losses.binary_cross_entropy(logits, labels)
             else:
-                yield losses.mse(logits, labels.reshape(logits.shape)), problem.known
+                values = losses.mse(logits, labels.reshape(logits.shape))
+            yield values, rows, prediction.weights
 
 
 class SoftTargets(Term):
@@ -80,12 +89,13 @@ class SoftTargets(Term):
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def parts(self, lesson: Lesson) -> Parts:
-        temperature = self.temperature or lesson.temperature
-        for problem in lesson.problems:
-            rows = problem.rows(self.positions)
-            apart = self.divergence(*lesson.log_probs(problem, rows, temperature))
-            yield losses.scaled(apart.flatten(1).mean(dim=1) if apart.dim() > 1 else apart, temperature), rows
+    def parts(self, batch: Batch) -> Parts:
+        temperature = self.temperature or batch.temperature
+        for prediction in batch.predictions:
+            rows = prediction.rows(self.positions)
+            values = self.divergence(*batch.log_probs(prediction, rows, temperature))
+            values = values.flatten(1).mean(dim=1) if values.dim() > 1 else values
+            yield losses.scaled(values, temperature), rows, prediction.weights
 
 
 class KL(SoftTargets):
@@ -132,12 +142,12 @@ class LogitsMSE(Term):
 
     positions: Literal["labels", "all"] = Field("labels", description=SoftTargets.model_fields["positions"].description)
 
-    def parts(self, lesson: Lesson) -> Parts:
-        for problem in lesson.problems:
-            rows = problem.rows(self.positions)
-            student, teacher = lesson.logits(problem, rows)
+    def parts(self, batch: Batch) -> Parts:
+        for prediction in batch.predictions:
+            rows = prediction.rows(self.positions)
+            student, teacher = batch.logits(prediction, rows)
             possible = (student > losses.NEVER).sum(dim=-1)  # answers can't lie in the padding
-            yield losses.mse(student, teacher) * student.shape[-1] / possible, rows
+            yield losses.mse(student, teacher) * student.shape[-1] / possible, rows, prediction.weights
 
 
 class Layers(Term):
@@ -171,9 +181,9 @@ class Layers(Term):
                 )
         return sorted(self.layers.items())
 
-    def states(self, output: Any, lesson: Lesson) -> tuple[Tensor, ...]:
+    def states(self, output: Any, batch: Batch) -> tuple[Tensor, ...]:
         """The tuple of hidden states or attention maps that an output holds."""
-        name = f"{self.stack}_{self.needs}" if lesson.is_encoder_decoder else self.needs
+        name = f"{self.stack}_{self.needs}" if is_encoder_decoder(batch.model) else self.needs
         found = getattr(output, name, None)
         if not found or found[0] is None:
             raise CompressionError(
@@ -188,13 +198,13 @@ class _Hidden(Layers):
 
     embeddings: bool = Field(False, description="Compare what the embeddings give to the first layer as well.")
 
-    def apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def parts(self, lesson: Lesson) -> Parts:
-        mine = self.states(lesson.student, lesson)
-        for number, teacher in enumerate(lesson.teachers):
-            theirs = self.states(teacher, lesson)
+    def parts(self, batch: Batch) -> Parts:
+        mine = self.states(batch.output, batch)
+        for number, teacher in enumerate(batch.teachers):
+            theirs = self.states(teacher, batch)
             pairs = [(one + 1, other + 1) for one, other in self.pairs(len(mine) - 1, len(theirs) - 1)]
             for one, other in [(0, 0), *pairs] if self.embeddings else pairs:
                 student, soft = mine[one], theirs[other]
@@ -203,9 +213,9 @@ class _Hidden(Layers):
                         f"distill: {self.key}: hidden states have shape {tuple(student.shape)} in the student and "
                         f"{tuple(soft.shape)} in the teacher, and only widths may differ; choose other layers or terms."
                     )
-                rows = lesson.positions(self.stack, student.shape[1])  # fewer from layer to layer in a pyramid
-                fitted = lesson.project(f"{self.key}.{number}.{one}.{other}", student[rows], soft.shape[-1])
-                yield self.apart(fitted, soft[rows]), rows
+                rows = batch.positions(self.stack, student.shape[1])  # fewer from layer to layer in a pyramid
+                fitted = batch.project(f"{self.key}.{number}.{one}.{other}", student[rows], soft.shape[-1])
+                yield self.distance(fitted, soft[rows]), rows, batch.weights
 
 
 class HiddenMSE(_Hidden):
@@ -214,7 +224,7 @@ class HiddenMSE(_Hidden):
 
     key = "hidden_mse"
 
-    def apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         return losses.mse(student, teacher)
 
 
@@ -224,24 +234,24 @@ class HiddenCosine(_Hidden):
 
     key = "hidden_cosine"
 
-    def apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         return losses.cosine(student, teacher)
 
 
 class _Maps(Layers):
     needs = "attentions"
 
-    def apart(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def parts(self, lesson: Lesson) -> Parts:
-        mine = self.states(lesson.student, lesson)
-        for teacher in lesson.teachers:
-            theirs = self.states(teacher, lesson)
+    def parts(self, batch: Batch) -> Parts:
+        mine = self.states(batch.output, batch)
+        for teacher in batch.teachers:
+            theirs = self.states(teacher, batch)
             for one, other in self.pairs(len(mine), len(theirs)):
-                if len(mine[one]) != len(lesson.weights):
+                if len(mine[one]) != len(batch.weights):
                     raise CompressionError(
-                        f"distill: {self.key}: {len(mine[one])} attention maps for {len(lesson.weights)} examples: this model "
+                        f"distill: {self.key}: {len(mine[one])} attention maps for {len(batch.weights)} examples: this model "
                         f"attends within windows; take terms on hidden states, such as hidden_mse."
                     )
                 if mine[one].shape != theirs[other].shape:
@@ -249,8 +259,8 @@ class _Maps(Layers):
                         f"distill: {self.key}: attention maps have {mine[one].shape[1]} heads in the student's layer {one} and "
                         f"{theirs[other].shape[1]} in the teacher's layer {other}; take relations, where heads may differ."
                     )
-                rows = lesson.positions(self.stack, mine[one].shape[-2])
-                yield self.apart(mine[one], theirs[other], rows)[rows], rows
+                rows = batch.positions(self.stack, mine[one].shape[-2])
+                yield self.distance(mine[one], theirs[other], rows)[rows], rows, batch.weights
 
 
 class AttentionMSE(_Maps):
@@ -259,7 +269,7 @@ class AttentionMSE(_Maps):
 
     key = "attention_mse"
 
-    def apart(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
         squared = (student.float() - teacher.float()).square().sum(dim=-1).mean(dim=1)
         return squared / keys.sum(dim=1, keepdim=True).clamp_min(1)
 
@@ -270,7 +280,7 @@ class AttentionKL(_Maps):
 
     key = "attention_kl"
 
-    def apart(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
         tiny = math.exp(-60.0)  # attended keys have more; masked ones are exactly 0
         return losses.kl(student.float().clamp_min(tiny).log(), teacher.float().clamp_min(tiny).log()).mean(dim=1)
 
@@ -290,16 +300,16 @@ class Relations(Layers):
         ("query", "key", "value"), min_length=1, description="Whose relations."
     )
 
-    def parts(self, lesson: Lesson) -> Parts:
-        for seen in lesson.relations:
-            mine, theirs = seen.student, seen.teacher
-            for one, other in self.pairs(*seen.layers):
+    def parts(self, batch: Batch) -> Parts:
+        for states in batch.relations:
+            mine, theirs = states.student, states.teacher
+            for one, other in self.pairs(*states.layers):
                 for kind in self.of:
                     student, teacher = mine[one][kind], theirs[other][kind]
-                    heads = self._heads(student.shape[-1], teacher.shape[-1], seen.heads)
-                    rows = lesson.positions("encoder", student.shape[1])
+                    heads = self._heads(student.shape[-1], teacher.shape[-1], states.heads)
+                    rows = batch.positions("encoder", student.shape[1])
                     logs = [losses.relations(vectors, heads, rows) for vectors in (student, teacher)]
-                    yield losses.kl(*logs).mean(dim=1)[rows], rows
+                    yield losses.kl(*logs).mean(dim=1)[rows], rows, batch.weights
 
     def _heads(self, student: int, teacher: int, attention: int) -> int:
         heads = self.heads or math.gcd(student, teacher, attention)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfcompress.distillation.batch import Problem
+from hfcompress.distillation.predictions import Prediction
 
 ASKED = "fused_lm_head"
 
@@ -19,14 +19,14 @@ def unfused(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, ASKED: False} if ASKED in inputs else inputs
 
 
-def as_fused(output: Any, problem: Problem, total: Tensor) -> None:
+def as_fused(output: Any, prediction: Prediction, total: Tensor) -> None:
     """Write per-token fields into the output, (B, T - 1): TRL's loss, minus the sum of `log_probs` over the number of labels
     of the whole accumulated batch, is then `total` over it. Entropy and accuracy are those of the student's own logits."""
-    mask = problem.known[:, :-1]
+    mask = prediction.known[:, :-1]
     with torch.no_grad():
-        logs = torch.log_softmax(problem.logits[:, :-1][mask].float(), dim=-1)
+        logs = torch.log_softmax(prediction.logits[:, :-1][mask].float(), dim=-1)
         entropy = -(logs.exp() * logs).sum(dim=-1)
-        is_top1 = logs.argmax(dim=-1) == problem.labels[:, :-1][mask]  # type: ignore[index]
+        is_top1 = logs.argmax(dim=-1) == prediction.labels[:, :-1][mask]  # type: ignore[index]
 
     def spread(values: Tensor) -> Tensor:
         return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)

@@ -1,3 +1,5 @@
+"""Knowledge distillation as a method: its card, its fields, and the teachers and terms they ask for."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,7 +10,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, f
 from torch import nn
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.distillation.hooks import Distilling
+from hfcompress.distillation.hooks import Distillation
 from hfcompress.distillation.teachers import ORIGINAL
 from hfcompress.distillation.terms import TERMS, Term
 from hfcompress.methods.base import Method, Tick
@@ -125,9 +127,9 @@ class Distill(Method):
         if self.wants_attentions:
             _check_attentions(model, self.summands)
         # Teachers live in this frame, not in the model: no checkpoint, optimizer or train() can reach them.
-        distilling = Distilling(self, model, task)
-        with distilling.hooked():
-            yield distilling.tick
+        distillation = Distillation(self, model, task)
+        with distillation.hooked():
+            yield distillation.tick
 
 
 def _term(given: Any) -> Term:
@@ -153,7 +155,7 @@ def _term(given: Any) -> Term:
 
 
 def _check_attentions(model: Any, terms: tuple[Term, ...]) -> None:
-    used = getattr(model.config, "_attn_implementation", "eager")
+    used = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
     if used != "eager":
         key = next(term.key for term in terms if term.needs == "attentions")
         raise CompressionError(

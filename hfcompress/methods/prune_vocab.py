@@ -1,3 +1,5 @@
+"""Vocabulary pruning as a method: which tokens stay, cut from model and tokenizer at once."""
+
 from __future__ import annotations
 
 import hashlib
@@ -88,7 +90,8 @@ class PruneVocab(Method):
                 f"prune_vocab: the texts use all {total} tokens, or these must stay, and nothing would be cut; raise "
                 f"min_count, or set tokens."
             )
-        new = vocabulary.smaller([index for index in keep if index in set(vocabulary.ids.values())])
+        known = set(vocabulary.ids.values())
+        new = vocabulary.smaller([index for index in keep if index in known])
         check_same(tokenizer, new, texts)
         with restored_on_error(model):
             keep_tokens(model, keep)
@@ -140,17 +143,19 @@ class PruneVocab(Method):
                 f"characters or bytes, what always names); allow more."
             )
         for index in sorted(counts, key=lambda index: (-counts[index], index)):
-            more = vocabulary.closed(index, names[index])
-            if counts[index] >= self.min_count and len(found | more) <= most:
+            if counts[index] < self.min_count or len(found) == most:
+                break  # the rest is rarer still, and every token wants room
+            more = vocabulary.closed(index, names[index]) - found
+            if len(found) + len(more) <= most:
                 found |= more
         return found
 
 
 def _digest(tokens: Iterable[int]) -> bytes:
-    told = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for token in tokens:
-        told.update(token.to_bytes(4, "little"))
-    return told.digest()
+        digest.update(token.to_bytes(4, "little"))
+    return digest.digest()
 
 
 def _become(processor: Any, tokenizer: Any, new: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line: run, list, copy, validate, schema, show, verify, eval, compare, push."""
+"""The command line: run, list, copy, validate, schema, explain, doctor, show, verify, eval, compare, push."""
 
 from __future__ import annotations
 
@@ -147,6 +147,39 @@ def schema() -> None:
     from hfcompress.run.schema import schema as recipe_schema
 
     sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+
+
+@app.command()
+def explain(
+    name: Annotated[str | None, typer.Argument(help="A step, task, loss term or score; all of them if absent.")] = None,
+) -> None:
+    """Say what a method, task, term or score does, and what its fields are."""
+    from hfcompress.run.explain import explain as explanation
+    from hfcompress.run.explain import overview
+
+    width = min(console.width, 100)
+    console.print(overview(width) if name is None else explanation(name, width), markup=False)
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where results are to go.")] = Path("out"),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste into an issue.")] = False,
+) -> None:
+    """Look for what is missing, slow or broken on this machine; safe to paste."""
+    from hfcompress.run.doctor import examine
+
+    found = examine(folder)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    problems = found.pop("problems")
+    for section, lines in found.items():
+        console.print(f"[bold]{section}[/bold]")
+        for key, value in lines.items():
+            console.print(f"  {key}: {value}", markup=False)
+    for problem in problems or ["none"]:
+        console.print(f"[yellow]problem[/yellow] {escape(problem)}", soft_wrap=True)
 
 
 @app.command()

@@ -170,7 +170,9 @@ from pathlib import Path
 from tests.distillation.test_distill import MIX, change
 from accelerate import PartialState
 folder = Path(sys.argv[1])
+from tests.distillation.test_own_loss import moved as moved_by_its_own
 moved = {f"{lesson} {way}": change(lesson, folder, way, 4, 1) for lesson in MIX for way in ("recipe", "callback", "attach")}
+moved["focal callback"] = moved_by_its_own("focal", folder, 2, 2)
 assert PartialState().num_processes == 2
 if PartialState().is_main_process:
     torch.save(moved, folder / "moved.pt")
@@ -178,6 +180,8 @@ if PartialState().is_main_process:
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+    from tests.distillation.test_own_loss import moved
+
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -185,7 +189,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     run = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, env=env(root), timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     for name, two in torch.load(tmp_path / "moved.pt").items():
-        one = change(name.split()[0], tmp_path, "callback", 8, 1)
+        lesson = name.split()[0]
+        one = moved("focal", tmp_path, 8, 1) if lesson == "focal" else change(lesson, tmp_path, "callback", 8, 1)
         assert (one - two).norm() <= 1e-5 * one.norm(), name
 
 
@@ -236,11 +241,11 @@ def test_two_processes_keep_one_projection(tmp_path: Path) -> None:
         "from tests.distillation.lessons import Rows, pupil\n"
         "from tests.run.test_train import arguments\n"
         "from transformers import Trainer\n"
-        "from hfcompress import distilling\n"
-        "kept, tick = [], distilling.Distilling.tick\n"
+        "from hfcompress.distillation import hooks\n"
+        "kept, tick = [], hooks.Distillation.tick\n"
         "def spied(self, progress):\n"
         "    told = tick(self, progress); kept.append([p.weight.detach().clone() for p in self._projections.values()]); return told\n"
-        "distilling.Distilling.tick = spied\n"
+        "hooks.Distillation.tick = spied\n"
         "method = Distill(pupil('sequence', seed=1, hidden_size=64), terms=['hidden_mse'], projection_lr=0.05)\n"
         "trainer = Trainer(model=pupil('sequence'), args=arguments(sys.argv[1], 4, max_steps=3), train_dataset=Rows('sequence', 24))\n"
         "attach(trainer, method).train()\n"

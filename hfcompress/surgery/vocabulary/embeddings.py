@@ -1,4 +1,4 @@
-"""Fewer tokens: cut a model's vocabulary, and let heads, biases, configs and all that names a token follow.
+"""Vocabulary pruning of a model: fewer rows of embeddings and heads, and biases, configs and all that names a token follow.
 
 Where the vocabulary lies is not known by name: two models on the meta device, whose configs differ in it alone, tell it.
 """
@@ -87,9 +87,9 @@ def _table(model: Any) -> Any:
         size = getattr(model.config.get_text_config(), "vocab_size", None)
         found = next((one for one in model.modules() if isinstance(one, nn.Embedding) and one.num_embeddings == size), found)
     if not hasattr(found, "num_embeddings"):
-        told = "none" if found is None else f"a {type(found).__name__}"
+        layer = "none" if found is None else f"a {type(found).__name__}"
         raise CompressionError(
-            f"prune_vocab: {type(model).__name__} has no table with a row for each token (its input layer: {told}); possible "
+            f"prune_vocab: {type(model).__name__} has no table with a row for each token (its input layer: {layer}); possible "
             f"are models that read tokens; leave prune_vocab out."
         )
     return found
@@ -312,7 +312,7 @@ def _cut(cuts: list[tuple[Place, dict[int, Tensor]]]) -> None:
 
 
 def _follow(model: Any, before: nn.Module, after: nn.Module) -> None:
-    """Set what the two blanks disagree on: numbers that forwards read, padding_idx, out_features, an image's token."""
+    """Set what the two meta models disagree on: numbers that forwards read, padding_idx, out_features, an image's token."""
     mine, others = dict(model.named_modules()), dict(after.named_modules())
     for name, old in before.named_modules():
         was, now = plain(old), plain(others[name])

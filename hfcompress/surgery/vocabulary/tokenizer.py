@@ -1,4 +1,4 @@
-"""A tokenizer of fewer tokens, which cuts every text made of the tokens that stay into the very same tokens.
+"""Vocabulary pruning of a fast tokenizer: fewer tokens, and every text made of those that stay is cut into the very same.
 
 Why it does, kind by kind; in each, what is taken away never won where only kept tokens came out:
 - WordPiece takes the longest token that fits: the longest of all is the longest of some.
@@ -34,9 +34,9 @@ def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor, which may be one itself. CompressionError for one that can't be cut."""
     found = processor if hasattr(processor, "get_vocab") else getattr(processor, "tokenizer", None)
     if found is None:
-        told = "there is no tokenizer" if processor is None else f"a {type(processor).__name__} has no tokenizer"
+        what = "there is no tokenizer" if processor is None else f"a {type(processor).__name__} has no tokenizer"
         raise CompressionError(
-            f"prune_vocab: {told}, and tokens can't be chosen; possible are models of texts; give their tokenizer, as in "
+            f"prune_vocab: {what}, and tokens can't be chosen; possible are models of texts; give their tokenizer, as in "
             f"run(model, tokenizer), or leave prune_vocab out."
         )
     backend = getattr(found, "backend_tokenizer", None)
@@ -58,10 +58,10 @@ class Vocabulary:
     """What a fast tokenizer's tokens are made of: `ids` of all tokens, `needed` ones, and those `closed` under merging."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.told: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
         self.ids: dict[str, int] = tokenizer.get_vocab()
         self._tokenizer = tokenizer
-        model = self.told["model"]
+        model = self.state["model"]
         self._prefix: str = model.get("continuing_subword_prefix") or ""
         self._suffix: str = model.get("end_of_word_suffix") or ""
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges", ())]
@@ -71,8 +71,8 @@ class Vocabulary:
 
     def needed(self) -> set[int]:
         """Ids of what must stay whatever the texts: special and added tokens, the unknown token, and what spells the rest."""
-        model = self.told["model"]
-        found = {token["id"] for token in self.told["added_tokens"]}
+        model = self.state["model"]
+        found = {token["id"] for token in self.state["added_tokens"]}
         found |= {
             self.ids[token] for token in [model.get("unk_token"), *self._tokenizer.all_special_tokens] if token in self.ids
         }
@@ -114,9 +114,9 @@ class Vocabulary:
         """A copy of the tokenizer with these tokens (ascending ids), counted from 0 in their order."""
         place = {old: new for new, old in enumerate(keep)}
         expected = {token: place[index] for token, index in self.ids.items() if index in place}
-        told = self._cut(place)
+        state = self._cut(place)
         try:
-            backend = Tokenizer.from_str(json.dumps(told))
+            backend = Tokenizer.from_str(json.dumps(state))
         except Exception as error:  # the library raises bare exceptions
             raise CompressionError(
                 f"prune_vocab: the tokenizer can't be built with fewer tokens ({error}); leave it out."
@@ -127,8 +127,7 @@ class Vocabulary:
                 f"prune_vocab: the tokenizer would count its tokens otherwise than the model ({wrong[:1]} and "
                 f"{max(0, len(wrong) - 1)} more), as its ids have gaps; leave prune_vocab out."
             )
-        new = copy.deepcopy(self._tokenizer)
-        new._tokenizer = backend
+        new = copy.deepcopy(self._tokenizer, {id(self._tokenizer._tokenizer): backend})
         new.init_kwargs = {key: _renumbered(key, value, place, self.ids) for key, value in new.init_kwargs.items()}
         for key, value in list(vars(new).items()):
             if key not in ("_tokenizer", "init_kwargs"):
@@ -138,8 +137,8 @@ class Vocabulary:
         return new
 
     def _cut(self, place: dict[int, int]) -> dict[str, Any]:
-        told = copy.deepcopy(self.told)
-        model = told["model"]
+        state = copy.deepcopy({key: value for key, value in self.state.items() if key != "model"})
+        state["model"] = model = dict(self.state["model"])  # its large tables are written anew
         if model["type"] == "Unigram":
             model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in place]
             model["unk_id"] = place.get(model["unk_id"])
@@ -150,22 +149,22 @@ class Vocabulary:
             stays, skipped = model["vocab"], len(self._prefix)
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
             model["merges"] = [[a, b] for a, b in pairs if a in stays and b in stays and a + b[skipped:] in stays]
-        told["added_tokens"] = [{**token, "id": place[token["id"]]} for token in told["added_tokens"] if token["id"] in place]
-        if told.get("padding"):
-            told["padding"]["pad_id"] = place.get(told["padding"]["pad_id"], 0)
-        _renumber_processor(told.get("post_processor"), place)
-        return told
+        state["added_tokens"] = [{**token, "id": place[token["id"]]} for token in state["added_tokens"] if token["id"] in place]
+        if state.get("padding"):
+            state["padding"]["pad_id"] = place.get(state["padding"]["pad_id"], 0)
+        _renumber_processor(state.get("post_processor"), place)
+        return state
 
 
-def _renumber_processor(told: Any, place: dict[int, int]) -> None:
+def _renumber_processor(state: Any, place: dict[int, int]) -> None:
     """The ids that a post-processor puts around a text."""
-    for part in (told or {}).get("processors", ()):
+    for part in (state or {}).get("processors", ()):
         _renumber_processor(part, place)
-    for special in (told or {}).get("special_tokens", {}).values():
+    for special in (state or {}).get("special_tokens", {}).values():
         special["ids"] = [place[index] for index in special["ids"]]
     for key in ("sep", "cls"):
-        if key in (told or {}):
-            told[key] = [told[key][0], place[told[key][1]]]
+        if key in (state or {}):
+            state[key] = [state[key][0], place[state[key][1]]]
 
 
 def _renumbered(name: str, value: Any, place: dict[int, int], ids: dict[str, int]) -> Any:
