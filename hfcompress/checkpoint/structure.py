@@ -117,8 +117,10 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
         _check_shapes_told(fields.pop("shapes", {}), own_shapes(old), refuse)
         for key, value in fields.items():
             most = largest(old, key)
-            if most is None or type(value) is not int or not 0 < value <= most:
-                refuse(f"{shown(key)} = {shown(value)} is not an integer from 1 to {most or 'nothing there'}")
+            if not most:
+                refuse(f"it has no count {shown(key)}")
+            elif type(value) is not int or not 0 < value <= most:
+                refuse(f"{shown(key)} = {shown(value)} is not an integer from 1 to {most}")
         return
     kind = KINDS[edit["kind"]]
     if kind_of(old) not in kind.replaces:
