@@ -52,7 +52,9 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in output_dir.")] = False,
-    control: Annotated[bool, typer.Option("--control", help="Also train without the teacher, and compare.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train without the teacher, and the uncompressed model, and compare.")
+    ] = False,
 ) -> None:
     """Run a recipe, and leave a proven artifact."""
     _no_library_bars()
