@@ -56,7 +56,9 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in output_dir.")] = False,
-    control: Annotated[bool, typer.Option("--control", help="Also train without the teacher, and compare.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train without the teacher, and the uncompressed model, and compare.")
+    ] = False,
     push_anyway: Annotated[bool, typer.Option("--push-anyway", help="Push even if the goal was missed.")] = False,
 ) -> None:
     """Run a recipe, and leave a proven artifact. Exit code 3: it is made, and missed its goal."""

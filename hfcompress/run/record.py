@@ -113,7 +113,7 @@ def add_same_dtype(recipe: Recipe, task: Task, reference: Any, report: Report, w
 def _gains(task: Task, score: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Each metric against the reference's, example by example."""
     then = task.reference_columns
-    if then is None:
+    if then is None or (task.is_adopted and task.answers_tokens):  # to choose among fewer tokens is another question
         return {}
     found = {metric: _better(metric, columns, then) for metric in score if metric != "agreement"}
     return {metric: told for metric, told in found.items() if told["better"] is not None}

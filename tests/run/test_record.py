@@ -10,7 +10,7 @@ import pytest
 
 import hfcompress.run.loop as loop
 import hfcompress.run.record as recording
-from hfcompress import CompressionError, Recipe, compress
+from hfcompress import CompressionError, PruneVocab, Recipe, compress
 from hfcompress.results.report import Report
 from tests.tiny import tiny_checkpoint, tiny_texts
 
@@ -77,6 +77,15 @@ def test_the_reference_stands_beside_a_model_of_fewer_tokens(place: Path) -> Non
     assert report.rows[1].parameters < report.rows[0].parameters
     assert all(row.reference_ms is not None for row in report.rows[1:])
     assert report.same_dtype is not None and report.same_dtype.parameters == report.rows[0].parameters
+
+
+def test_no_interval_where_the_answers_are_other_tokens(place: Path) -> None:
+    task = recipe(place, "llama", [{"prune_vocab": {}}]).task.open(str(place / "llama"))
+    model = task.load_model(str(place / "llama"))
+    score, columns = task.remember(model), task.predict(model)
+    assert recording._gains(task, score, columns)["perplexity"]["better"] == 0
+    PruneVocab(str(place / "texts")).run(model, task)
+    assert recording._gains(task, score, task.predict(model)) == {}
 
 
 def test_a_reference_without_room_is_not_loaded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
