@@ -66,15 +66,15 @@ def _own(batch: Batch) -> Tensor | None:
 
 
 def _is_plain(own: Tensor, plain: Tensor, batch: Batch) -> bool:
-    if own.dtype not in (torch.float16, torch.bfloat16) and _same(own, plain):
+    is_half = own.dtype in (torch.float16, torch.bfloat16)
+    if not is_half and _same(own, plain):
         return True
     logits = [getattr(batch.output, one.field) for one in batch.predictions]
-    alone = [one.detach().to(own.dtype).requires_grad_() for one in logits]
-    with torch.enable_grad():
-        stock = _stock(batch, alone)
+    alone = [one.detach().to(own.dtype).requires_grad_(is_half) for one in logits]
+    stock = _stock(batch, alone)
     if stock is None or not _same(own, stock):
         return False
-    if own.dtype not in (torch.float16, torch.bfloat16) or not own.requires_grad:
+    if not is_half or not own.requires_grad:
         return True
     # One bit of half precision hides a difference of a hundredth: slopes tell.
     mine = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
