@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -144,20 +145,38 @@ def has_head(config: PreTrainedConfig, kind: str = "SequenceClassification") -> 
     return any(f"For{kind}" in name for name in config.architectures or ())
 
 
-def fit_labels(names: tuple[str, ...], config: PreTrainedConfig) -> tuple[list[int], tuple[str, ...]] | None:
-    """For each of the data's labels its place in the head, and the names in the head's order; None if they don't fit.
+class Fit(NamedTuple):
+    """For each of the data's labels its place in the head, the names in the head's order, and whether no name confirms it."""
 
-    Names are compared without case; where one side has no names (LABEL_0, LABEL_1, ...) the numbers count.
+    order: list[int]
+    labels: tuple[str, ...]
+    is_guess: bool
+
+
+def fit_labels(names: tuple[str, ...], config: PreTrainedConfig) -> Fit | None:
+    """How the data's labels fit a head; None if they don't.
+
+    Names are compared without case. Numbers are places in the head, where it has no such names. Names beside a head without
+    any (LABEL_0, LABEL_1, ...) can only be taken in their order.
     """
     theirs = head_labels(config)
-    places = {name.casefold(): index for index, name in enumerate(theirs)}
-    if all(name.casefold() in places for name in names):
-        return [places[name.casefold()] for name in names], theirs
-    if _unnamed(names) and len(names) <= len(theirs):
-        return list(range(len(names))), theirs
+    numbers = [_numbered(name) for name in names]
+    if not _unnamed(theirs):
+        places = {name.casefold(): index for index, name in enumerate(theirs)}
+        for written in (names, [name if one is None else str(one) for name, one in zip(names, numbers, strict=True)]):
+            if all(name.casefold() in places for name in written):
+                return Fit([places[name.casefold()] for name in written], theirs, False)
+    if all(one is not None and 0 <= one < len(theirs) for one in numbers):
+        return Fit([int(one or 0) for one in numbers], theirs, 0 not in numbers)
     if _unnamed(theirs) and len(names) == len(theirs):
-        return list(range(len(names))), names
+        return Fit(list(range(len(names))), names, True)
     return None
+
+
+def _numbered(name: str) -> int | None:
+    """3 for "3" and "LABEL_3"."""
+    found = re.fullmatch(r"(?:LABEL_)?(-?\d{1,18})", name)
+    return int(found[1]) if found else None
 
 
 def head_labels(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.tasks.data import find_column
+from hfcompress.tasks.columns import as_texts, find_column
 from hfcompress.tasks.pretrained import positions
 from hfcompress.tasks.texts import TextTask
 
@@ -55,20 +55,27 @@ class Seq2SeqLM(TextTask):
     def _texts(self, rows: Dataset) -> list[str]:
         return ["source", "target"]
 
+    def _used(self, rows: Dataset) -> list[str]:
+        if TRANSLATION in rows.column_names and self.text_column is None and self.target_column is None:
+            return [TRANSLATION]
+        if asked := next((field for field in ("source_lang", "target_lang") if getattr(self, field)), None):
+            raise CompressionError(
+                f"{asked}: dataset {self.dataset!r} has no column {TRANSLATION!r} with languages in it; name its columns"
+                " with text_column and target_column instead."
+            )
+        there, known = rows.column_names, {self.target_column or ""}
+        text = find_column("text_column", self.text_column, SOURCES, there, self.dataset, known)
+        return [text, find_column("target_column", self.target_column, TARGETS, there, self.dataset, [text])]
+
     def _clean(self, rows: Dataset) -> Dataset:
         """`source` and `target`, without rows that lack one."""
-        if TRANSLATION in rows.column_names and self.text_column is None and self.target_column is None:
+        used = self._used(rows)
+        if used == [TRANSLATION]:
             source, target = self._languages(rows)
             pairs = [(row[source], row[target]) for row in rows[TRANSLATION][:]]
         else:
-            if asked := next((field for field in ("source_lang", "target_lang") if getattr(self, field)), None):
-                raise CompressionError(
-                    f"{asked}: dataset {self.dataset!r} has no column {TRANSLATION!r} with languages in it; name its columns"
-                    " with text_column and target_column instead."
-                )
-            there, known = rows.column_names, {self.target_column or ""}
-            text = find_column("text_column", self.text_column, SOURCES, there, self.dataset, known)
-            target = find_column("target_column", self.target_column, TARGETS, there, self.dataset, [text])
+            text, target = used
+            rows = as_texts(as_texts(rows, [text], "text_column", self.dataset), [target], "target_column", self.dataset)
             pairs = list(zip(rows[text][:], rows[target][:], strict=True))
         pairs = [pair for pair in pairs if all(isinstance(part, str) and part.strip() for part in pair)]
         return Dataset.from_dict({"source": [one for one, _ in pairs], "target": [other for _, other in pairs]})

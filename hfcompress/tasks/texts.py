@@ -16,7 +16,8 @@ from transformers import DataCollatorWithPadding
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.surgery.vocabulary.embeddings import with_tokens
 from hfcompress.tasks.base import Task
-from hfcompress.tasks.data import TEXTS, choose, find_column, quiet_datasets
+from hfcompress.tasks.columns import TEXTS, as_texts, find_column
+from hfcompress.tasks.data import choose, quiet_datasets
 from hfcompress.tasks.pretrained import load_tokenizer, positions
 
 
@@ -83,13 +84,16 @@ class TextTask(Task):
         """The columns that hold the texts."""
         return [find_column("text_column", self.text_column, TEXTS, rows.column_names, self.dataset)]
 
+    def _used(self, rows: Dataset) -> list[str]:
+        return self._texts(rows)
+
     def _keys(self, rows: Dataset) -> Iterable[Hashable]:
         return zip(*(rows[column][:] for column in self._texts(rows)), strict=True)
 
     def _clean(self, rows: Dataset) -> Dataset:
         """The texts alone, without empty ones."""
-        (text,) = self._texts(rows)
-        rows = rows.select_columns([text])
+        (text,) = self._used(rows)
+        rows = as_texts(rows.select_columns([text]), [text], "text_column", self.dataset)
         filled = [index for index, value in enumerate(rows[text][:]) if value and value.strip()]
         return rows.select(filled, keep_in_memory=True)
 
