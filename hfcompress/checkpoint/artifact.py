@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.checkpoint.quantizer import forget_reading
+from hfcompress.checkpoint.quantizer import forget_reading  # this import registers the loader
 from hfcompress.layers import holds_codes
 from hfcompress.layers.bitsandbytes import frozen
 
@@ -59,10 +59,12 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
 
 
 def load(task: Any, folder: str | Path) -> Any:
-    """The model of an artifact, with its adapter if it has one."""
-    import hfcompress.checkpoint.quantizer  # noqa: F401  registers the loader
+    """The model of an artifact, with its adapter if it has one, where and as `open_model` puts it."""
+    return task.load_model(str(folder))
 
-    model = task.load_model(str(folder))
+
+def complete(model: Any, folder: str | Path) -> None:
+    """What `from_pretrained` leaves undone: low-bit layers are frozen, and an adapter that lies in the folder is put on."""
     for module in model.modules():
         if holds_codes(module):
             frozen(module)
@@ -70,7 +72,6 @@ def load(task: Any, folder: str | Path) -> Any:
         conversions = getattr(model, "_weight_conversions", None)
         model.load_adapter(str(Path(folder) / ADAPTER))
         model._weight_conversions = conversions  # loading puts the adapter's there, and a save would rename the base by them
-    return model
 
 
 def prove(model: Any, inputs: dict[str, Tensor], folder: str | Path) -> float:

@@ -24,6 +24,7 @@ from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.methods.base import Method, Tick
 from hfcompress.methods.riding import check_together, leave_loadable, with_original
+from hfcompress.tasks.pretrained import open_model
 
 
 class Ticking(TrainerCallback):
@@ -194,7 +195,7 @@ def _read_back(model: Any, folder: Path) -> None:
         with safe_open(file, framework="pt") as shard:
             stored |= set(shard.keys())
     if stored - set(model.state_dict()):
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        model.load_state_dict(open_model(folder, type(model), "cpu").state_dict())
 
 
 def attach(trainer: Any, *methods: Method) -> Any:

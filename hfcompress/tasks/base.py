@@ -17,8 +17,8 @@ from hfcompress.surgery.modules import copied
 from hfcompress.surgery.vocabulary.embeddings import keep_tokens, named_tokens
 from hfcompress.tasks.data import quiet_datasets
 from hfcompress.tasks.metrics import METRICS, Table, check_metrics, higher_is_better, load_metrics
-from hfcompress.tasks.pretrained import load_config, load_pretrained
-from hfcompress.tasks.scoring import answers, decide_one, in_order, rows_of
+from hfcompress.tasks.pretrained import load_config, open_model
+from hfcompress.tasks.scoring import answers, decide_one, device_of, in_order, rows_of
 from hfcompress.tasks.splits import Splits
 
 TOKENS = ("predictions", "references")
@@ -72,11 +72,12 @@ class Task(Splits):
             self._original = None if self.is_adopted else self._original  # it reads other tokens
             self._kept = self._kept_then = self._retold = None
             self._is_other = False
-            check_metrics(self.metrics, trusted=self._trusts_metrics)
+            self.check_metrics()
             self._config, self._processor = load_config(model_path), self.load_processor(model_path)
             with quiet_datasets():
                 train, held_out = self._split(self._read())
                 self._prepare(train, held_out, str(model_path))
+            self._check_tokens(str(model_path))
             check_metrics(self.scored_by, self._table(), self._trusts_metrics)
             self._opened = str(model_path)
         return self
@@ -84,13 +85,13 @@ class Task(Splits):
     def load_model(self, path: str, **kwargs: Any) -> PreTrainedModel:
         """The model of a checkpoint for this task, in eval mode; opens the task with it, if it is not open yet.
 
-        `kwargs` go to `from_pretrained`. GGUF files are dequantised to float32; else the checkpoint's dtype stays.
+        `kwargs` (`device`, `dtype`, `device_map`, ...): see `open_model`.
         """
         if self._opened is None:
             self.open(path)
         config = self._config if self._opened == str(path) else load_config(path)
         head, is_new = self._head(config, path)
-        model = load_pretrained(self.auto_class, path, config, is_new, self.seed, **{**head, **kwargs})
+        model = open_model(path, self.auto_class, config=config, new_head=is_new, seed=self.seed, **{**head, **kwargs})
         pad = getattr(self.processor, "pad_token_id", None)
         if pad is not None and model.config.pad_token_id is None:  # decoders look for the last token of a padded text by it
             model.config.pad_token_id = pad
@@ -103,6 +104,9 @@ class Task(Splits):
     def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
         """Set `_train` and `_eval`."""
         raise NotImplementedError
+
+    def _check_tokens(self, path: str) -> None:
+        """CompressionError where the examples hold what the model can't read."""
 
     def _head(self, config: PreTrainedConfig, path: str) -> tuple[dict[str, Any], bool]:
         """What `from_pretrained` must be told about the head, and whether the head is new."""
@@ -146,7 +150,7 @@ class Task(Splits):
         """
         count = len(self.train_dataset)
         chosen = np.arange(count) if samples is None else np.random.default_rng(seed).permutation(count)[:samples]
-        collator, device = self._seeded_collator(seed), next(model.parameters()).device
+        collator, device = self._seeded_collator(seed), device_of(model)
         yield from rows_of(self.train_dataset, chosen, batch_size, collator, device)
 
     @property
@@ -179,6 +183,10 @@ class Task(Splits):
         """Allow metrics that are not built in, whose code comes from the Hub and runs here. Returns itself."""
         self._trusts_metrics = True
         return self
+
+    def check_metrics(self) -> None:
+        """CompressionError where a metric is neither built in nor trusted: a recipe may have come from anywhere."""
+        check_metrics(self.metrics, trusted=self._trusts_metrics)
 
     def _table(self) -> Table:
         """The built-in metrics that fit what models tell in this task."""
@@ -226,7 +234,7 @@ class Task(Splits):
 
     def _predict(self, model: nn.Module, data: Any) -> dict[str, np.ndarray]:
         order = self._longest_first(data)
-        batches = rows_of(data, order, self.eval_batch_size, self.collator, next(model.parameters()).device)
+        batches = rows_of(data, order, self.eval_batch_size, self.collator, device_of(model))
         rows = answers(model, batches, -(-len(order) // self.eval_batch_size), self._counted, self._decide)
         return {
             name: self._as_opened(values) if self.answers_tokens and name in TOKENS else values

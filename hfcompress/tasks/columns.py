@@ -90,6 +90,11 @@ def as_texts(rows: Dataset, columns: Iterable[str], field: str, dataset: str) ->
     return rows
 
 
+def filled(text: str | None) -> bool:
+    """Whether there is more than blanks."""
+    return bool(text and text.strip())
+
+
 def missing(values: Sequence[Any], kind: Any) -> list[bool]:
     """For each label whether there is none: an empty cell, or -1 where that hides labels, as in the test splits of benchmarks.
 

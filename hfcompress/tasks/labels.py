@@ -99,11 +99,11 @@ class Classification(Task):
                 names = head_labels(self._config)
             found = self._fit(names, self._config, path)
             if found.is_guess:
-                pairs = [f"{name} is {found.labels[place]!r}" for name, place in zip(names, found.order, strict=True)]
+                pairs = [f"{place} is {name!r}" for place, name in sorted(zip(found.order, names, strict=True))]
                 log.warning(
-                    f"dataset {self.dataset!r}: no name tells which of its labels is which of the model's, so this is guessed:"
-                    f" {', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''}; if that is wrong, put the names into id2label"
-                    " of the model's config.json."
+                    f"dataset {self.dataset!r}: no name tells which label the model means by which of its outputs, so this is"
+                    f" guessed: {', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''}; if that is wrong, put the names into"
+                    " id2label of the model's config.json."
                 )
             self._labels = found.labels
             return found.order

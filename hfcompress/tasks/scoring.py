@@ -50,12 +50,12 @@ def decide_one(logits: Tensor, labels: Tensor) -> Decision:
     vocabulary would not fit."""
     known = labels != -100
     logits, labels = logits[known].float(), labels[known]
-    total = F.cross_entropy(logits, labels, reduction="sum").double()
+    total = F.cross_entropy(logits, labels, reduction="sum").cpu().double()  # not all accelerators have doubles
     return {
         "predictions": logits.argmax(-1).cpu().numpy(),
         "references": labels.cpu().numpy(),
         # a short text may have nothing to foretell; a mean over nothing would spoil the others'
-        "nll": (total / max(1, len(labels))).reshape(1).cpu().numpy(),
+        "nll": (total / max(1, len(labels))).reshape(1).numpy(),
         "tokens": np.array([len(labels)]),
     }
 
@@ -63,12 +63,12 @@ def decide_one(logits: Tensor, labels: Tensor) -> Decision:
 def decide_each(logits: Tensor, labels: Tensor) -> Decision:
     """Of each of several labels, (labels,), whether it holds: where its probability is above a half. `labels` numbers them."""
     logits, truth = logits.float(), labels.float()
-    loss = F.binary_cross_entropy_with_logits(logits, truth).double()
+    loss = F.binary_cross_entropy_with_logits(logits, truth).cpu().double()
     return {
         "predictions": (logits > 0).long().cpu().numpy(),
         "references": truth.long().cpu().numpy(),
         "labels": np.arange(len(logits)),
-        "nll": loss.reshape(1).cpu().numpy(),
+        "nll": loss.reshape(1).numpy(),
         "tokens": np.array([len(logits)]),
     }
 
@@ -79,9 +79,14 @@ def decide_value(logits: Tensor, labels: Tensor) -> Decision:
     return {
         "predictions": values.cpu().numpy(),
         "references": truth.cpu().numpy(),
-        "nll": (values - truth).square().mean().double().reshape(1).cpu().numpy(),
+        "nll": (values - truth).square().mean().cpu().double().reshape(1).numpy(),
         "tokens": np.array([len(values)]),
     }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: its first parameter that is anywhere, as others may lie on the disk until they are needed."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
 
 
 def rows_of(data: Any, indices: Any, size: int, collator: Any, device: torch.device) -> Iterable[dict[str, Tensor]]:

@@ -12,7 +12,6 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.tasks.columns import as_texts, find_column
-from hfcompress.tasks.pretrained import positions
 from hfcompress.tasks.texts import TextTask
 
 SOURCES = ("document", "article", "dialogue", "source", "text", "input", "content", "question")
@@ -104,7 +103,7 @@ class Seq2SeqLM(TextTask):
             )
         self._shifter = self._without_weights()
         processor, prefix = self.processor, self.source_prefix
-        longest, target_longest = self._limit(self.max_source_length), min(self.max_target_length, positions(self._config))
+        longest, target_longest = self._limit(self.max_source_length), min(self.max_target_length, self._most())
 
         def tokens(rows: dict[str, list]) -> dict[str, list]:
             encoded = processor([prefix + text for text in rows["source"]], truncation=True, max_length=longest)
@@ -125,6 +124,6 @@ class Seq2SeqLM(TextTask):
     def example(self, batch_size: int, length: int | None = None) -> dict[str, Tensor]:
         """Also `decoder_input_ids` (batch_size, length), no longer than max_target_length."""
         length = length or self.example_length
-        targets = self._first("labels", batch_size, min(length, self.max_target_length, positions(self._config)))
+        targets = self._first("labels", batch_size, min(length, self.max_target_length, self._most()))
         moved_on = self._shifter.prepare_decoder_input_ids_from_labels(labels=targets)
         return {**super().example(batch_size, length), "decoder_input_ids": moved_on}

@@ -12,6 +12,7 @@ from hfcompress.tasks.columns import (
     SINGLE,
     VALUE,
     as_texts,
+    filled,
     find_column,
     find_texts,
     missing,
@@ -123,10 +124,6 @@ class TextClassification(Classification, TextTask):
 
         self._train = self._encoded(train, self.max_train_samples, tokens)
         self._eval = self._encoded(held_out, self.max_eval_samples, tokens)
-
-
-def filled(text: str | None) -> bool:
-    return bool(text and text.strip())
 
 
 def targets(labels: list[Any], order: list[int], problem: str, count: int) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
@@ -27,6 +27,8 @@ class TextTask(Task):
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
 
     text_column: str | None = Field(None, description="the column of the texts; guessed by default")
+
+    _positions: tuple[Any, int] | None = PrivateAttr(None)
 
     def data_tokens(self, split: str = "train") -> Iterator[int]:
         """The tokens of the training data, or of "all", as models are given them."""
@@ -107,7 +109,35 @@ class TextTask(Task):
 
     def _limit(self, asked: int) -> int:
         """No longer than asked, than the tokenizer says and than the model has positions."""
-        return min(asked, self.processor.model_max_length, positions(self._config))
+        return min(asked, self.processor.model_max_length, self._most())
+
+    def _most(self) -> int:
+        """Tokens the model has positions for."""
+        if self._positions is None or self._positions[0] is not self._config:
+            self._positions = self._config, positions(self._config)
+        return self._positions[1]
+
+    def _examples_to_check(self) -> list[Any]:
+        return [self._train, self._eval]
+
+    def _check_tokens(self, path: str) -> None:
+        """CompressionError where the texts have tokens that the model has no embeddings for.
+
+        A tokenizer with more tokens than that does no harm where no text has them.
+        """
+        rows = getattr(self._config.get_text_config(), "vocab_size", None)
+        if not isinstance(rows, int) or len(self.processor) <= rows:
+            return
+        most = self.processor.pad_token_id or 0  # padding is read as well
+        for data in self._examples_to_check():
+            for column in self.token_columns:
+                most = max(most, max((max(ids, default=0) for ids in data[column][:]), default=0))
+        if most >= rows:
+            written = self.processor.convert_ids_to_tokens(most)
+            raise CompressionError(
+                f"model {path!r}: its tokenizer makes token {most} ({written!r}), and its embeddings have {rows} rows; save it"
+                f" anew after model.resize_token_embeddings({len(self.processor)}), or give it the tokenizer it was trained with."
+            )
 
     def _wanted(self) -> set[str]:
         """The tokenizer's columns that the model's forward knows (DistilBERT, say, has no token_type_ids)."""

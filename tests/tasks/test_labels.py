@@ -100,14 +100,7 @@ def test_numbers_are_texts(tmp_path: Path, bare: Path) -> None:
     assert opened(table, bare)._read()["train"]["text"][:] == ["1984", "007"], "as they are written"
     rows = write_json(tmp_path / "d.jsonl", text=[1984, None, 3], label=["a", "a", "b"])
     assert opened(rows, bare)._read()["train"]["text"][:] == ["1984", "3"]
-    assert (
-        len(
-            MaskedLM(str(rows), mlm_probability=0.9)
-            .open(str(tiny_checkpoint(tmp_path / "m", "bert", "masked-lm")))
-            .train_dataset
-        )
-        == 1
-    )
+    assert MaskedLM(str(rows))._read()["train"]["text"][:] == ["1984", "3"]
     lists = write_json(tmp_path / "l.jsonl", text=[["a"], ["b"]], label=[0, 1])
     with pytest.raises(CompressionError) as caught:
         opened(lists, bare)
@@ -207,8 +200,8 @@ def test_a_guess_is_said(tmp_path: Path, said: Any) -> None:
     assert task.labels == ("no", "yes")
     (line,) = [record.getMessage() for record in said.records if record.levelno == logging.WARNING]
     assert line == (
-        f"dataset '{file}': no name tells which of its labels is which of the model's, so this is guessed: no is 'no', yes is"
-        " 'yes'; if that is wrong, put the names into id2label of the model's config.json."
+        f"dataset '{file}': no name tells which label the model means by which of its outputs, so this is guessed: 0 is 'no', 1"
+        " is 'yes'; if that is wrong, put the names into id2label of the model's config.json."
     )
     said.clear()
     opened(file, headed(tmp_path / "named", "yes", "no"))
