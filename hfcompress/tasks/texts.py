@@ -136,7 +136,8 @@ class TextTask(Task):
             written = self.processor.convert_ids_to_tokens(most)
             raise CompressionError(
                 f"model {path!r}: its tokenizer makes token {most} ({written!r}), and its embeddings have {rows} rows; save it"
-                f" anew after model.resize_token_embeddings({len(self.processor)}), or give it the tokenizer it was trained with."
+                f" anew after model.resize_token_embeddings({len(self.processor)}), or give it the tokenizer it was trained"
+                " with."
             )
 
     def _wanted(self) -> set[str]:
