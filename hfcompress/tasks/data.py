@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ import pandas
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+
+log = logging.getLogger("hfcompress")
 
 PACKAGE = "package://"
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -124,7 +127,7 @@ def _read_files(files: list[Path], dataset: str) -> Dataset:
     with TemporaryDirectory(prefix="hfcompress-data-", ignore_cleanup_errors=True) as cache:
         try:
             if READERS[suffix] == "csv":
-                return _read_tables(files)
+                return _read_tables(files, dataset)
             return load_dataset(
                 READERS[suffix],
                 data_files=[str(file) for file in files],
@@ -132,6 +135,8 @@ def _read_files(files: list[Path], dataset: str) -> Dataset:
                 cache_dir=cache,
                 keep_in_memory=True,
             )
+        except CompressionError:
+            raise
         except Exception as error:  # pandas, pyarrow and datasets wrap each other's errors
             reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise CompressionError(
@@ -139,7 +144,7 @@ def _read_files(files: list[Path], dataset: str) -> Dataset:
             ) from error
 
 
-def _read_tables(files: list[Path]) -> Dataset:
+def _read_tables(files: list[Path], dataset: str) -> Dataset:
     """Rows of csv and tsv files, each cell as it is written: `NA`, `None` and `007` are texts, only an empty one is missing."""
     tables = [
         pandas.read_csv(
@@ -152,6 +157,11 @@ def _read_tables(files: list[Path]) -> Dataset:
         )
         for file in files
     ]
+    for file, table in zip(files, tables, strict=True):
+        if set(table.columns) != set(tables[0].columns):
+            raise CompressionError(
+                f"dataset {dataset!r}: {files[0].name} and {file.name} have different columns; name one file, or keep one kind."
+            )
     return Dataset.from_pandas(pandas.concat(tables, ignore_index=True), preserve_index=False)
 
 
@@ -178,7 +188,14 @@ def _read_folder(folder: Path, dataset: str, unit: str) -> DatasetDict:
     grouped: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", file.stem.lower())
-        grouped.setdefault(next((SPLITS[word] for word in words if word in SPLITS), "train"), []).append(file)
+        grouped.setdefault(next((SPLITS[word] for word in words if word in SPLITS), ""), []).append(file)
+    unnamed = grouped.pop("", [])
+    if "train" in grouped and unnamed:  # Kaggle's sample_submission.csv lies beside train.csv
+        log.info(
+            f"dataset {dataset!r}: {', '.join(file.name for file in unnamed)} left out, as other files are named for training"
+        )
+    elif unnamed:
+        grouped["train"] = unnamed
     return DatasetDict({split: _read_files(group, dataset) for split, group in grouped.items()})
 
 

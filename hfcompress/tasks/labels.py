@@ -71,12 +71,14 @@ class Classification(Task):
     def _kind(self) -> str:
         return self.auto_class.__name__.removeprefix("AutoModelFor")
 
-    def _told_by_head(self) -> str | None:
-        """What the head of the checkpoint tells, in the words of transformers' `problem_type`; None if it is new or silent."""
-        if not has_head(self._config, self._kind):
+    def _told_by_head(self, config: PreTrainedConfig | None = None) -> str | None:
+        """What the head of a checkpoint tells, by default of the one the task is opened with, in the words of transformers'
+        `problem_type`; None if it is new or silent."""
+        config = config or self._config
+        if not has_head(config, self._kind):
             return None
         # one logit is a number: of one label there is nothing to choose
-        return self._config.problem_type or (VALUE if self._config.num_labels == 1 else None)
+        return config.problem_type or (VALUE if config.num_labels == 1 else None)
 
     def _check_chooses(self, path: str) -> None:
         """CompressionError where the head of the checkpoint does something else than to choose one of several labels."""
@@ -128,6 +130,12 @@ class Classification(Task):
             id2label = dict(enumerate(self.labels))
             label2id = {name: index for index, name in id2label.items()}
             return {"num_labels": len(id2label), "id2label": id2label, "label2id": label2id, **told}, True
+        asked = getattr(self, "problem_type", None)
+        if not asked and (other := self._told_by_head(config)) not in (None, self._problem):
+            raise CompressionError(
+                f"model {str(path)!r}: its head is for {other}, and the task was opened for {self._problem}; open a task of its"
+                " own for it, or set problem_type."
+            )
         order = self._fit(self.labels, config, path).order
         if order != list(range(len(order))):
             raise CompressionError(

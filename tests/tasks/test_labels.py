@@ -147,13 +147,25 @@ def test_one_missing_label_among_integers(tmp_path: Path, bare: Path) -> None:
 def test_a_test_file_without_labels_is_not_scored_on(tmp_path: Path, bare: Path, said: Any) -> None:
     write(tmp_path / "train.csv", "id,text,category,label\n1,cat,x,yes\n2,dog,y,no\n3,cow,x,yes\n4,bank,y,no\n")
     write(tmp_path / "test.csv", "id,text,category\n5,tax,x\n6,goal,y\n")  # category is no label, though its name could be
+    write(tmp_path / "sample_submission.csv", "id,label\n5,yes\n6,yes\n")
     task = opened(tmp_path, bare)
     assert task.labels == ("no", "yes") and len(given(task)) == 4
+    assert f"dataset '{tmp_path}': sample_submission.csv left out, as other files are named for training" in said.messages
     assert f"dataset '{tmp_path}': test has no text with all of label, text: not used" in said.messages
     with pytest.raises(CompressionError) as caught:
         opened(tmp_path, bare, eval_split="test")
     assert str(caught.value) == (
         f"eval_split: 'test' of dataset '{tmp_path}' has no label, which 'train' has; name another split, or leave eval_split out."
+    )
+
+
+def test_tables_of_different_columns_are_no_one_table(tmp_path: Path, bare: Path) -> None:
+    write(tmp_path / "a.csv", "text,label\ncat,0\n")
+    write(tmp_path / "b.csv", "sentence,label\ndog,1\n")
+    with pytest.raises(CompressionError) as caught:
+        opened(tmp_path, bare)
+    assert str(caught.value) == (
+        f"dataset '{tmp_path}': a.csv and b.csv have different columns; name one file, or keep one kind."
     )
 
 
@@ -292,6 +304,18 @@ def test_several_labels_are_put_in_the_head_s_order(tmp_path: Path) -> None:
     assert dict(given(task))["match"] == [1.0, 0.0, 1.0]
     one = write_json(tmp_path / "one.jsonl", text=["cat", "bank"], label=["animals", "money"])
     assert given(opened(one, model)) == [("bank", [0.0, 0.0, 1.0]), ("cat", [0.0, 1.0, 0.0])], "one label is several too"
+
+
+def test_a_head_of_another_kind_is_no_partner(tmp_path: Path) -> None:
+    file = write_json(tmp_path / "one.jsonl", text=["cat", "bank"], label=["a", "b"])
+    task = opened(file, headed(tmp_path / "m", "a", "b"))
+    other = headed(tmp_path / "o", "a", "b", problem_type=MULTI)
+    with pytest.raises(CompressionError) as caught:
+        task.load_model(str(other))
+    assert str(caught.value) == (
+        f"model '{other}': its head is for {MULTI}, and the task was opened for single_label_classification; open a task of its"
+        " own for it, or set problem_type."
+    )
 
 
 def test_hidden_labels_of_columns(tmp_path: Path, bare: Path) -> None:
