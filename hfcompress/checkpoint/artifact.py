@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hfcompress.checkpoint.checksums import CHECKSUMS, write_checksums
 from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.checkpoint.quantizer import check_layer, forget_reading
+from hfcompress.checkpoint.quantizer import check_layer, forget_reading  # this import registers the loader
 from hfcompress.layers import holds_codes
 from hfcompress.layers.bitsandbytes import frozen
 
@@ -35,10 +35,12 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
 
 
 def load(task: Any, folder: str | Path, **kwargs: Any) -> Any:
-    """The model of an artifact, with its adapter if it has one; `kwargs` go to `from_pretrained`."""
-    import hfcompress.checkpoint.quantizer  # noqa: F401  registers the loader
+    """The model of an artifact, with its adapter if it has one, where and as `open_model` puts it; `kwargs` go there."""
+    return task.load_model(str(folder), **kwargs)
 
-    model = task.load_model(str(folder), **kwargs)
+
+def complete(model: Any, folder: str | Path) -> None:
+    """What `from_pretrained` leaves undone: low-bit layers are checked and frozen, and an adapter in the folder is put on."""
     for name, module in model.named_modules():
         if holds_codes(module):
             check_layer(name, module)
@@ -47,7 +49,6 @@ def load(task: Any, folder: str | Path, **kwargs: Any) -> Any:
         conversions = getattr(model, "_weight_conversions", None)
         model.load_adapter(str(Path(folder) / ADAPTER))
         model._weight_conversions = conversions  # loading puts the adapter's there, and a save would rename the base by them
-    return model
 
 
 @contextmanager

@@ -111,18 +111,20 @@ def _load(path: str, model: Any, task: Any) -> nn.Module:
             f"distill: under DeepSpeed's stage 3 the teacher {path!r} would be loaded in pieces that only an optimizer's "
             f"engine puts together; use stage 2, or FSDP."
         )
+    from hfcompress.tasks.pretrained import open_model  # here, as importing datasets takes its time
+
     if hasattr(task, "load_model"):
-        return task.load_model(path)
+        return open_model(path, task)
     name = type(unwrapped(model)).__name__
     head = name.rpartition("For")[2] if "For" in name else "CausalLM"
     if head == "ConditionalGeneration" and model.config.is_encoder_decoder:
         head = "SpeechSeq2Seq" if model.main_input_name == "input_features" else "Seq2SeqLM"
     auto = getattr(transformers, f"AutoModelFor{head}", transformers.AutoModelForCausalLM)
     try:
-        return auto.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        return open_model(path, auto)
+    except CompressionError as error:
         raise CompressionError(
-            f"distill: teacher {path!r} can't be loaded: {str(error).splitlines()[0]}; "
+            f"distill: teacher {path!r} can't be loaded: {str(error).rstrip('.')}; "
             f"give 'original', a folder, a Hub id or a model."
         ) from error
 

@@ -121,6 +121,7 @@ def write_card(
         "\n".join(f"{number}. {_cut(row.step, paths)}" for number, row in enumerate(report.rows[1:], start=1))
         or "Nothing yet.",
         "## Measured",
+        report.to_dict().get("verdict") or "",
         _cut(report.markdown().strip(), paths),
         _machine(report.to_dict().get("machine")),
         *_goal(report, goal or {}),

@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from hfcompress.checkpoint.checksums import check_checksums
 from hfcompress.checkpoint.errors import CompressionError, shown, without_password
 from hfcompress.results.card import card_for, recipe_for_others, report_for_others
 from hfcompress.results.saved_files import LOCAL_ONLY, WEIGHTS, other_files, saved_files
@@ -106,12 +107,13 @@ def push(folder: str | Path, repo_id: str, private: bool = False, token: str | N
     this machine there, and the card's load snippet names the repository; nothing in the folder changes. Weight files of an
     earlier push that this model does not have are deleted in the same commit: `from_pretrained` might pick them.
 
-    Raises `CompressionError`: what `check_push` finds, `private` for a repository that is public, any failed upload.
+    Raises `CompressionError`: weights that are not those that were saved, what `check_push` finds, `private` for a repository that is public, any failed upload.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CompressionError(f"push: {str(folder)!r} has no config.json; name the folder of a saved model.")
     _owner(repo_id)
+    check_checksums(folder)
     uploads = _uploads(folder, repo_id)
     if others := other_files(folder):
         log.info("not pushed, as no part of a saved model: %s", shown(", ".join(others), 300)[1:-1])

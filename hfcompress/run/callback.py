@@ -26,6 +26,7 @@ from hfcompress.methods.base import Method, Tick
 from hfcompress.methods.riding import added_by, check_together, leave_loadable, take_places, trained, with_original
 from hfcompress.run.sentences import batches_of, check_body
 from hfcompress.surgery.modules import body_of, restored_on_error
+from hfcompress.tasks.pretrained import open_model
 
 
 class Ticking(TrainerCallback):
@@ -264,7 +265,7 @@ def _read_back(model: Any, folder: Path) -> None:
         with safe_open(file, framework="pt") as shard:
             stored |= set(shard.keys())
     if stored - set(model.state_dict()):
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        model.load_state_dict(open_model(folder, type(model), "cpu").state_dict())
 
 
 def attach(trainer: Any, *methods: Method) -> Any:

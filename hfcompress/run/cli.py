@@ -32,6 +32,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value by path: model=me/my-bert steps.1.train.epochs=2", show_default=False)
 ]
 Folder = Annotated[str, typer.Argument(help="A folder made by hfcompress, or any model folder or Hub id.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-metrics", help="Allow metrics that are not built in: their code comes from the Hub and runs here."),
+]
 TaskOption = Annotated[
     str | None,
     typer.Option("--task", help="The task as YAML: '{name: text-classification, dataset: glue/sst2}'; its recipe's if absent."),
@@ -59,16 +63,18 @@ def run(
     control: Annotated[
         bool, typer.Option("--control", help="Also train without the teacher, and the uncompressed model, and compare.")
     ] = False,
+    trust_metrics: TrustOption = False,
     push_anyway: Annotated[bool, typer.Option("--push-anyway", help="Push even if the goal was missed.")] = False,
 ) -> None:
     """Run a recipe, and leave a proven artifact. Exit code 3: it is made, and missed its goal."""
-    _no_library_bars()
+    _quiet_transformers()
     from hfcompress.calibration.processes import processes
     from hfcompress.run.loop import compress
     from hfcompress.run.output_folder import output_folder
     from hfcompress.run.recipe import Recipe, find_recipe
 
     chosen = Recipe.load(recipe, [*(overrides or []), *(["control=true"] if control else [])])
+    _trusting(chosen.task, trust_metrics)
     out = output_folder(chosen.output_dir if chosen.output_dir is not None else Path("out") / find_recipe(recipe).stem)
     is_main = processes().is_main_process
     report = compress(chosen, out, overwrite=overwrite, tell=_tell if is_main else lambda line: None, push_anyway=push_anyway)
@@ -79,11 +85,13 @@ def run(
             raise typer.Exit(GOAL_MISSED)
 
 
-def _no_library_bars() -> None:
-    """transformers' own progress bars can only be turned off by a call; ours stay."""
+def _quiet_transformers() -> None:
+    """What transformers says by itself, bars and advice, can only be turned off by calls once it is imported; ours stay."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    asked = os.environ.get("TRANSFORMERS_VERBOSITY", "error").lower()
+    transformers_logging.set_verbosity(transformers_logging.log_levels.get(asked, logging.ERROR))
 
 
 def _tell(line: str) -> None:
@@ -134,11 +142,12 @@ def copy(
 
 
 @app.command()
-def validate(recipe: RecipeName, overrides: Overrides = None) -> None:
+def validate(recipe: RecipeName, overrides: Overrides = None, trust_metrics: TrustOption = False) -> None:
     """Check a recipe whole, and whether this machine can train so, without running anything."""
     from hfcompress.run.recipe import Recipe
 
     chosen = Recipe.load(recipe, overrides or [])
+    _trusting(chosen.task, trust_metrics)
     chosen.check_here()
     console.print(f"valid: {len(chosen.steps)} steps: {', '.join(step.key() for step in chosen.steps)}", markup=False)
 
@@ -215,7 +224,7 @@ def _changes(rows: list[tuple[str, str]]) -> Table:
 @app.command()
 def verify(folder: Folder) -> None:
     """Check that a folder is the model that was saved: checksums, structure, every tensor."""
-    _no_library_bars()
+    _quiet_transformers()
     from hfcompress.checkpoint.verify import verify as verified
 
     values = verified(_folder(folder))
@@ -224,27 +233,27 @@ def verify(folder: Folder) -> None:
 
 
 @app.command("eval")
-def evaluate_model(folder: Folder, task: TaskOption = None) -> None:
+def evaluate_model(folder: Folder, task: TaskOption = None, trust_metrics: TrustOption = False) -> None:
     """Measure any model folder: parameters, megabytes, latency, memory, score."""
-    _no_library_bars()
-    from hfcompress.checkpoint.artifact import load
+    _quiet_transformers()
     from hfcompress.results.report import Report, measure
+    from hfcompress.tasks.pretrained import open_model
 
-    chosen = _task_of(folder, task)
+    chosen = _trusting(_task_of(folder, task), trust_metrics)
     chosen.open(folder)
     report = Report()
-    report.add(measure(load(chosen, folder), chosen, folder))
+    report.add(measure(open_model(folder, chosen), chosen, folder))
     console.print(report.table())
 
 
 @app.command()
-def compare(a: Folder, b: Folder, task: TaskOption = None) -> None:
+def compare(a: Folder, b: Folder, task: TaskOption = None, trust_metrics: TrustOption = False) -> None:
     """Measure two models interleaved, and say where the difference is not significant."""
-    _no_library_bars()
-    from hfcompress.checkpoint.artifact import load
+    _quiet_transformers()
     from hfcompress.results.compare import compare as compare_models
+    from hfcompress.tasks.pretrained import open_model
 
-    chosen = _task_of(b, task, a)
+    chosen = _trusting(_task_of(b, task, a), trust_metrics)
     other = chosen.open(a)
     if not chosen.reads_as(b):  # prune_vocab left tokens out
         if chosen.headline == "agreement":
@@ -252,8 +261,10 @@ def compare(a: Folder, b: Folder, task: TaskOption = None) -> None:
                 f"compare: {b} has another tokenizer than {a}, so answers can't be compared one by one; give --task metrics "
                 f"that need labels, or measure each with hfcompress eval."
             )
-        other = _task_of(b, task, a).open(b)
-    console.print(compare_models(load(chosen, a), load(other, b), chosen, names=(a, b), task_b=other).table())
+        other = _trusting(_task_of(b, task, a), trust_metrics).open(b)
+    # one door, so that both lie on the same device
+    models = open_model(a, chosen), open_model(b, other)
+    console.print(compare_models(*models, chosen, names=(a, b), task_b=other).table())
 
 
 @app.command()
@@ -266,6 +277,14 @@ def push(
     from hfcompress.results.hub import push as push_folder
 
     console.print(push_folder(_folder(str(folder)), repo_id, private=private), markup=False)
+
+
+def _trusting(task: Any, trusted: bool) -> Any:
+    """The task, and whether it may run metrics that are not built in: who types the command says so, no file."""
+    if trusted:
+        task.trust_metrics()
+    task.check_metrics()
+    return task
 
 
 def _folder(folder: str) -> Path:

@@ -9,14 +9,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from hfcompress.tasks.data import choose
-from hfcompress.tasks.texts import TextTask
+from hfcompress.tasks.language_model import LanguageModel
 
 
-class CausalLM(TextTask):
+class CausalLM(LanguageModel):
     """The next token; the texts are laid end to end and cut into blocks."""
 
     auto_class = AutoModelForCausalLM
-    answers_tokens = True
 
     block_size: int = Field(512, ge=2, description="tokens a block")
     eval_batch_size: PositiveInt = Field(4, description="blocks a batch when scoring; logits are large")
@@ -35,6 +34,8 @@ class CausalLM(TextTask):
     def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
         self._train = choose(self._labelled(train), self.max_train_samples, self.seed)
         self._eval = choose(self._labelled(held_out), self.max_eval_samples, self.seed)
+        second = self._second(*self._texts(train))
+        self._also = None if second is None else choose(self._labelled(second), self.max_eval_samples, self.seed)
 
     def _labelled(self, rows: Dataset) -> Dataset:
         # a blank line between texts, not eos: that ends a turn in chat models, which no text here does

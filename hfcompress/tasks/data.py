@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -11,9 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import datasets
+import pandas
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+
+log = logging.getLogger("hfcompress")
 
 PACKAGE = "package://"
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -31,30 +35,6 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 EVAL_SPLITS = ("validation", "validation_matched", "dev", "val", "valid", "test")
-PAIRS = (
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "passage"),
-    ("text1", "text2"),
-)
-TEXTS = (
-    "text",
-    "sentence",
-    "content",
-    "document",
-    "review",
-    "article",
-    "premise",
-    "question",
-    "question1",
-    "sentence1",
-)
-LABELS = ("label", "labels", "target", "category", "class", "fine_label")
-WORDS = ("tokens", "words", "text", "sentence")
-TAGS = ("ner_tags", "tags", "labels", "label", "ner", "pos_tags", "upos", "chunk_tags")
-PICTURES = ("image", "img", "picture", "photo")
 
 
 def resolve_address(text: str) -> str:
@@ -144,22 +124,45 @@ def _read_files(files: list[Path], dataset: str) -> Dataset:
         texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
         parts = [part.strip() for text in texts for part in re.split(r"\n\s*\n", text)]
         return Dataset.from_dict({"text": [part for part in parts if part]})
-    more = {"sep": "\t"} if suffix == ".tsv" else {}
     with TemporaryDirectory(prefix="hfcompress-data-", ignore_cleanup_errors=True) as cache:
         try:
+            if READERS[suffix] == "csv":
+                return _read_tables(files, dataset)
             return load_dataset(
                 READERS[suffix],
                 data_files=[str(file) for file in files],
                 split="train",
                 cache_dir=cache,
                 keep_in_memory=True,
-                **more,
             )
+        except CompressionError:
+            raise
         except Exception as error:  # pandas, pyarrow and datasets wrap each other's errors
             reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise CompressionError(
                 f"dataset {dataset!r}: {files[0].name} is no readable {READERS[suffix]} file ({reason[0]}); mend it."
             ) from error
+
+
+def _read_tables(files: list[Path], dataset: str) -> Dataset:
+    """Rows of csv and tsv files, each cell as it is written: `NA`, `None` and `007` are texts, only an empty one is missing."""
+    tables = [
+        pandas.read_csv(
+            file,
+            sep="\t" if file.suffix.lower() == ".tsv" else ",",
+            dtype=str,
+            keep_default_na=False,
+            na_values=[""],
+            encoding="utf-8-sig",
+        )
+        for file in files
+    ]
+    for file, table in zip(files, tables, strict=True):
+        if set(table.columns) != set(tables[0].columns):
+            raise CompressionError(
+                f"dataset {dataset!r}: {files[0].name} and {file.name} have different columns; name one file, or keep one kind."
+            )
+    return Dataset.from_pandas(pandas.concat(tables, ignore_index=True), preserve_index=False)
 
 
 def _read_folder(folder: Path, dataset: str, unit: str) -> DatasetDict:
@@ -185,7 +188,14 @@ def _read_folder(folder: Path, dataset: str, unit: str) -> DatasetDict:
     grouped: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", file.stem.lower())
-        grouped.setdefault(next((SPLITS[word] for word in words if word in SPLITS), "train"), []).append(file)
+        grouped.setdefault(next((SPLITS[word] for word in words if word in SPLITS), ""), []).append(file)
+    unnamed = grouped.pop("", [])
+    if "train" in grouped and unnamed:  # Kaggle's sample_submission.csv lies beside train.csv
+        log.info(
+            f"dataset {dataset!r}: {', '.join(file.name for file in unnamed)} left out, as other files are named for training"
+        )
+    elif unnamed:
+        grouped["train"] = unnamed
     return DatasetDict({split: _read_files(group, dataset) for split, group in grouped.items()})
 
 
@@ -213,39 +223,6 @@ def _read_classes(folder: Path, names: list[str], kinds: tuple[str, ...]) -> Dat
     return Dataset.from_dict(rows, features=datasets.Features({what: kind, "label": ClassLabel(names=names)}))
 
 
-def find_column(
-    kind: str, asked: str | None, guesses: Iterable[str], columns: Iterable[str], dataset: str, taken: Iterable[str] = ()
-) -> str:
-    """The column asked for, else the first guess there is; `kind` is the field that names it, such as `text_column`.
-
-    `taken`: columns that are something else already.
-    """
-    columns, taken = list(columns), set(taken)
-    free = [column for column in columns if column not in taken]
-    if asked is not None and asked not in free:
-        if asked in taken:
-            raise CompressionError(f"{kind}: column {asked!r} of dataset {dataset!r} is in use already; name another one.")
-        raise CompressionError(f"{kind}: dataset {dataset!r} has no column {asked!r}.{did_you_mean(asked, free)}")
-    found = asked or next((guess for guess in guesses if guess in free), None)
-    if found is None:
-        raise CompressionError(
-            f"dataset {dataset!r}: none of its columns ({', '.join(columns)}) is called"
-            f" {', '.join(guess for guess in guesses if guess not in taken)}; name the right one with {kind}."
-        )
-    return found
-
-
-def find_texts(text: str | None, pair: str | None, columns: Iterable[str], dataset: str) -> list[str]:
-    """The column of the texts, and of their second halves if there are any."""
-    columns = list(columns)
-    if text is None and pair is None:
-        for both in PAIRS:
-            if set(both) <= set(columns):
-                return list(both)
-    first = find_column("text_column", text, [guess for guess in TEXTS if guess != pair], columns, dataset)
-    return [first, find_column("text_pair_column", pair, (), columns, dataset)] if pair else [first]
-
-
 def drop_duplicates(splits: Mapping[str, Dataset], keys: Callable[[Dataset], Iterable[Hashable]]) -> dict[str, Dataset]:
     """Each row once, over all splits together, as its key tells; the first split and the first row win."""
     seen: set[Hashable] = set()
@@ -258,37 +235,6 @@ def drop_duplicates(splits: Mapping[str, Dataset], keys: Callable[[Dataset], Ite
                 wanted.append(index)
         kept[split] = rows.select(wanted, keep_in_memory=True)
     return kept
-
-
-def label_names(kind: object, values: list, dataset: str) -> list[str]:
-    """The names of labels of this feature and with these values: names (sorted), whole numbers or a ClassLabel's.
-
-    Numbers become LABEL_0, LABEL_1, ...
-    """
-    if isinstance(kind, ClassLabel):
-        return list(kind.names)
-    if all(isinstance(value, str) for value in values):
-        return sorted(set(values))
-    if all(isinstance(value, int) and value >= 0 for value in values):
-        return [f"LABEL_{index}" for index in range(1 + max(values))]
-    raise CompressionError(
-        f"dataset {dataset!r}: labels must be names or whole numbers, not like {values[0]!r};"
-        " name the right column with label_column."
-    )
-
-
-def name_labels(splits: Mapping[str, Dataset], dataset: str) -> dict[str, Dataset]:
-    """Make the column `label` a ClassLabel with the same names in all splits; see `label_names`."""
-    kind = next(iter(splits.values())).features["label"]
-    values = [value for rows in splits.values() for value in rows["label"][:]]
-    named = ClassLabel(names=label_names(kind, values, dataset))
-    return {
-        # what is on disk stays there: images may be many
-        split: rows.cast(datasets.Features({**rows.features, "label": named}), keep_in_memory=not rows.cache_files)
-        if rows.features["label"] != named
-        else rows
-        for split, rows in splits.items()
-    }
 
 
 def choose(rows: Dataset, most: int | None, seed: int) -> Dataset:

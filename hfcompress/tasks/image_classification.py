@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, default_data_collator
 
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.tasks.data import PICTURES, choose, find_column, name_labels
+from hfcompress.tasks.columns import PICTURES, SINGLE, find_column, missing, name_labels
+from hfcompress.tasks.data import choose
 from hfcompress.tasks.labels import Classification
 from hfcompress.tasks.pretrained import load_image_processor
 
@@ -37,10 +38,13 @@ class ImageClassification(Classification):
         """Examples to tensors: `pixel_values` (batch, channels, height, width), `labels` (batch)."""
         return default_data_collator
 
+    def _used(self, rows: Dataset) -> list[str]:
+        image = find_column("image_column", self.image_column, PICTURES, rows.column_names, self.dataset)
+        return [image, *self._labels_of(rows, [image])]
+
     def _clean(self, rows: Dataset) -> Dataset:
         """`image` and, where there are labels, `label`, without rows that lack one. No image is opened."""
-        image = find_column("image_column", self.image_column, PICTURES, rows.column_names, self.dataset)
-        label = self._labels_of(rows, [image])
+        image, *label = self._used(rows)
         rows = rows.select_columns([image, *label])
         rows = rows.rename_columns({image: "image", **dict.fromkeys(label, "label")})
         try:
@@ -52,7 +56,8 @@ class ImageClassification(Classification):
             ) from error
         if not label:
             return rows
-        given = [index for index, value in enumerate(rows["label"][:]) if value not in (None, -1, "")]
+        hidden = missing(rows["label"][:], rows.features["label"])
+        given = [index for index, is_hidden in enumerate(hidden) if not is_hidden]
         return rows.select(given, keep_in_memory=True)
 
     def _keys(self, rows: Dataset) -> Iterable[Hashable]:
@@ -62,9 +67,12 @@ class ImageClassification(Classification):
 
     def _read(self) -> dict[str, Dataset]:
         rows = super()._read()
+        self._problem = (None if self.labelled else self._told_by_head()) or SINGLE
         return name_labels(rows, self.dataset) if self.labelled else rows
 
     def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
+        if self.labelled:
+            self._check_chooses(path)
         order = self._order(tuple(train.features["label"].names) if self.labelled else (), path)
         for name, rows, most in (("_train", train, self.max_train_samples), ("_eval", held_out, self.max_eval_samples)):
             setattr(self, name, Images(choose(rows, most, self.seed), self.processor, order, self.dataset))

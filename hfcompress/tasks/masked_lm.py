@@ -15,14 +15,13 @@ from transformers import (
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.tasks.data import choose
-from hfcompress.tasks.texts import TextTask
+from hfcompress.tasks.language_model import LanguageModel
 
 
-class MaskedLM(TextTask):
+class MaskedLM(LanguageModel):
     """The tokens behind a mask: drawn anew at every step of training, and once for all when scoring."""
 
     auto_class = AutoModelForMaskedLM
-    answers_tokens = True
 
     max_length: PositiveInt = Field(128, description="tokens an example is cut to")
     line_by_line: bool = Field(
@@ -55,6 +54,8 @@ class MaskedLM(TextTask):
             )
         self._train = self._examples(train, self.max_train_samples)
         self._eval = self._masked(self._examples(held_out, self.max_eval_samples))
+        second = self._second(*self._texts(train))
+        self._also = None if second is None else self._masked(self._examples(second, self.max_eval_samples))
 
     def _examples(self, rows: Dataset, most: int | None) -> Dataset:
         """`input_ids` and `attention_mask`, no labels: these come with the masks."""

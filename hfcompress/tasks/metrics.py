@@ -11,7 +11,10 @@ import datasets
 import evaluate
 import numpy as np
 
-from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean, shown
+
+Columns = Mapping[str, np.ndarray]
+"""What `Task.predict` gives."""
 
 
 class OfflineMetric(evaluate.Metric):
@@ -22,6 +25,16 @@ class OfflineMetric(evaluate.Metric):
 
     columns: ClassVar[dict[str, str]] = {"predictions": "int64", "references": "int64"}
     higher_is_better: ClassVar[bool] = True
+
+    @classmethod
+    def parts(cls, columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+        """Of a metric that is told by a mean over examples: each example's sum, and its weight. None for others."""
+        return None
+
+    @classmethod
+    def of_mean(cls, mean: float) -> float:
+        """The metric of that mean."""
+        return mean
 
     def __init__(self, **options: Any) -> None:
         # evaluate makes its folder even when it then keeps everything in memory
@@ -39,6 +52,10 @@ class Accuracy(OfflineMetric):
     def _compute(self, *, predictions: Sequence[int], references: Sequence[int], **_: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
+    @classmethod
+    def parts(cls, columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+        return _summed(columns["predictions"] == columns["references"], columns["tokens"])
+
 
 class F1(OfflineMetric):
     """Macro F1, 0..1: the mean of the F1 of each class that occurs in the references or the predictions.
@@ -55,6 +72,31 @@ class F1(OfflineMetric):
         return {"f1": float(np.mean(scores))}
 
 
+class LabelsF1(OfflineMetric):
+    """F1 over all decisions of several labels a text together (micro), 0..1; 0 where no label is given and none told."""
+
+    columns: ClassVar[dict[str, str]] = {"predictions": "int64", "references": "int64", "labels": "int64"}
+
+    def _compute(self, *, predictions: Sequence[int], references: Sequence[int], **_: Any) -> dict[str, float]:
+        return {"f1_micro": _f1(np.asarray(predictions), np.asarray(references))}
+
+
+class LabelsMacroF1(LabelsF1):
+    """The mean of the F1 of each label that is given or told at least once, where texts have several labels, 0..1."""
+
+    def _compute(
+        self, *, predictions: Sequence[int], references: Sequence[int], labels: Sequence[int] = (), **_: Any
+    ) -> dict[str, float]:
+        guess, truth, place = np.asarray(predictions), np.asarray(references), np.asarray(labels)
+        each = [(guess[place == label], truth[place == label]) for label in np.unique(place[(guess | truth) > 0])]
+        return {"f1_macro": float(np.mean([_f1(*pair) for pair in each])) if each else 0.0}
+
+
+def _f1(guess: np.ndarray, truth: np.ndarray) -> float:
+    told = int(guess.sum() + truth.sum())
+    return float(2 * np.sum(guess & truth) / told) if told else 0.0
+
+
 class Perplexity(OfflineMetric):
     """exp of the mean negative log-likelihood a token, in nats; 1 is best.
 
@@ -63,11 +105,28 @@ class Perplexity(OfflineMetric):
 
     columns: ClassVar[dict[str, str]] = {"nll": "float64", "tokens": "int64"}
     higher_is_better: ClassVar[bool] = False
+    name: ClassVar[str] = "perplexity"
 
-    def _compute(self, *, nll: Sequence[float], tokens: Sequence[int], **_: Any) -> dict[str, float]:
-        mean = float(np.average(np.asarray(nll), weights=np.asarray(tokens)))
+    def _compute(self, **given: Any) -> dict[str, float]:
+        nll, tokens = (np.asarray(given[column]) for column in self.columns)
+        return {self.name: self.of_mean(float(np.average(nll, weights=tokens)))}
+
+    @classmethod
+    def parts(cls, columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+        nll, tokens = (np.asarray(columns[column], dtype=np.float64) for column in cls.columns)
+        return nll * tokens, tokens
+
+    @classmethod
+    def of_mean(cls, mean: float) -> float:
         # a broken model is reported as infinitely bad, not as an OverflowError
-        return {"perplexity": math.exp(mean) if mean < 700 else math.inf}
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+class PerplexityAlso(Perplexity):
+    """The perplexity on the second text of a language model, `also`: what healing on one text cost on others."""
+
+    columns: ClassVar[dict[str, str]] = {"nll_also": "float64", "tokens_also": "int64"}
+    name: ClassVar[str] = "perplexity_also"
 
 
 class Agreement(OfflineMetric):
@@ -78,6 +137,79 @@ class Agreement(OfflineMetric):
     def _compute(self, *, predictions: Sequence[int], originals: Sequence[int], **_: Any) -> dict[str, float]:
         return {"agreement": float(np.mean(np.asarray(predictions) == np.asarray(originals)))}
 
+    @classmethod
+    def parts(cls, columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+        if "originals" not in columns or columns["predictions"].dtype.kind == "f":
+            return None
+        return _summed(columns["predictions"] == columns["originals"], columns["tokens"])
+
+
+class ValueAgreement(OfflineMetric):
+    """How well numbers agree with the original model's, -1..1: Lin's concordance correlation (Biometrics 45, 1989).
+
+    1 only where they are equal: unlike Pearson's, it falls where they are shifted or stretched.
+    """
+
+    columns: ClassVar[dict[str, str]] = {"predictions": "float64", "originals": "float64"}
+
+    def _compute(self, *, predictions: Sequence[float], originals: Sequence[float], **_: Any) -> dict[str, float]:
+        one, other = np.asarray(predictions), np.asarray(originals)
+        apart = one.var() + other.var() + (one.mean() - other.mean()) ** 2
+        if apart == 0:  # the same number for every text, from both
+            return {"agreement": 1.0}
+        return {"agreement": float(2 * np.mean((one - one.mean()) * (other - other.mean())) / apart)}
+
+
+class Pearson(OfflineMetric):
+    """Pearson's correlation of numbers with their references, -1..1; 0 where either is the same for all."""
+
+    columns: ClassVar[dict[str, str]] = {"predictions": "float64", "references": "float64"}
+
+    def _compute(self, *, predictions: Sequence[float], references: Sequence[float], **_: Any) -> dict[str, float]:
+        return {"pearson": _correlation(np.asarray(predictions), np.asarray(references))}
+
+
+class Spearman(Pearson):
+    """Spearman's correlation of numbers with their references, by their ranks, -1..1; equal ones share their mean rank."""
+
+    def _compute(self, *, predictions: Sequence[float], references: Sequence[float], **_: Any) -> dict[str, float]:
+        return {"spearman": _correlation(_ranks(np.asarray(predictions)), _ranks(np.asarray(references)))}
+
+
+class SquaredError(Pearson):
+    """The mean of the squared differences between numbers and their references; 0 is best."""
+
+    higher_is_better: ClassVar[bool] = False
+
+    def _compute(self, *, predictions: Sequence[float], references: Sequence[float], **_: Any) -> dict[str, float]:
+        return {"mse": float(np.mean((np.asarray(predictions) - np.asarray(references)) ** 2))}
+
+    @classmethod
+    def parts(cls, columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+        squares = (columns["predictions"].astype(np.float64) - columns["references"]) ** 2
+        return squares, np.ones(len(squares))
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    one, other = one - one.mean(), other - other.mean()
+    size = math.sqrt(float(one @ one) * float(other @ other))
+    return 0.0 if size == 0 else float(one @ other) / size
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[places]
+
+
+def _summed(right: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Decisions, one after another, summed for each example; and how many each has."""
+    sums = np.concatenate([[0], np.cumsum(right, dtype=np.float64)])
+    ends = np.cumsum(tokens)
+    return sums[ends] - sums[ends - tokens], np.asarray(tokens, dtype=np.float64)
+
+
+Table = Mapping[str, type[OfflineMetric]]
 
 METRICS: dict[str, type[OfflineMetric]] = {
     "accuracy": Accuracy,
@@ -85,39 +217,85 @@ METRICS: dict[str, type[OfflineMetric]] = {
     "perplexity": Perplexity,
     "agreement": Agreement,
 }
-"""The one table: the name in a recipe, and its metric."""
+"""The name in a recipe, and its metric, where one of several answers is chosen."""
+
+LABELS_METRICS: dict[str, type[OfflineMetric]] = {"f1_micro": LabelsF1, "f1_macro": LabelsMacroF1, "agreement": Agreement}
+"""Where each label is told or not."""
+
+VALUE_METRICS: dict[str, type[OfflineMetric]] = {
+    "pearson": Pearson,
+    "spearman": Spearman,
+    "mse": SquaredError,
+    "agreement": ValueAgreement,
+}
+"""Where a number is told."""
+
+BUILT_IN: dict[str, type[OfflineMetric]] = {**VALUE_METRICS, **LABELS_METRICS, "perplexity_also": PerplexityAlso, **METRICS}
 
 ERRORS_ON_THE_HUB = frozenset({"brier_score", "cer", "mae", "mape", "mase", "mse", "smape", "ter", "wer"})
 """Metrics of the Hub where less is better."""
 
 
-def load_metrics(names: Iterable[str]) -> evaluate.CombinedEvaluations:
+def load_metrics(names: Iterable[str], table: Table = BUILT_IN, trusted: bool = False) -> evaluate.CombinedEvaluations:
     """The named metrics, combined: `add_batch(predictions=, references=, ...)`, then `compute() -> {name: value}`.
 
-    A name that is not in `METRICS` is looked for at the Hub; `CompressionError` where that fails.
+    A name that is not in the table is looked for at the Hub if these are trusted; see `check_metrics`.
     """
-    return evaluate.combine([METRICS[name]() if name in METRICS else _from_hub(name) for name in names])
+    names = list(names)
+    check_metrics(names, table, trusted)
+    return evaluate.combine([table[name]() if name in table else _from_hub(name, table) for name in names])
 
 
-def gain(name: str, columns: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], draws: int = 2000) -> Gain | None:
+def check_metrics(names: Iterable[str], table: Table = BUILT_IN, trusted: bool = False) -> None:
+    """CompressionError where a name doesn't fit what the model tells, or where its code would come from elsewhere, unasked.
+
+    `evaluate.load` runs what the Hub, or a path, gives it: no file may ask for that, only who starts the run.
+    """
+    for name in names:
+        if name in table:
+            continue
+        if name in BUILT_IN:
+            raise CompressionError(
+                f"metrics: {name} does not fit what this model tells (one of several answers, several labels a text, or a"
+                f" number); possible here are {', '.join(sorted(table))}."
+            )
+        if not trusted:
+            raise CompressionError(
+                f"metrics: {shown(name)} is not built in, and one from elsewhere is code that would run here; name a built-in"
+                " one, or allow it on the command line with --trust-metrics (in Python: task.trust_metrics())."
+                f"{did_you_mean(name, table)}"
+            )
+
+
+def below_chance(predictions: np.ndarray, references: np.ndarray) -> float | None:
+    """What chance would score, if the predictions score less by more than three standard errors; else None.
+
+    Chance is Cohen's (1960): as many answers of each kind, dealt out blindly. So a model that always says the same is at
+    chance, whatever the shares of the labels.
+    """
+    kinds = np.union1d(predictions, references)
+    chance = float(sum(np.mean(predictions == kind) * np.mean(references == kind) for kind in kinds))
+    error = math.sqrt(chance * (1 - chance) / len(references))
+    return chance if float(np.mean(predictions == references)) < chance - 3 * error else None
+
+
+def gain(name: str, columns: Columns, other: Columns, draws: int = 2000) -> Gain | None:
     """By how much one model's predictions score better than another's on the same examples; None for metrics that are no mean
-    over examples. The interval is a paired bootstrap over examples: it tells what other texts would have moved, not seeds.
+    over examples, and where the two were asked different questions. `perplexity` is one by its logarithm, and `agreement` one
+    where `originals` are among the columns. The interval is a paired bootstrap over examples: it tells what other texts would
+    have moved, not seeds.
     """
-    if name not in ("accuracy", "perplexity"):
+    metric = BUILT_IN.get(name)
+    if metric is None:
         return None
-    ends = np.cumsum(columns["tokens"])[:-1]
-    sums = []
-    for one in (columns, other):
-        if name == "accuracy":
-            right = np.split(one["predictions"] == one["references"], ends)
-            sums.append(np.array([part.sum() for part in right], dtype=np.float64))
-        else:
-            sums.append(np.asarray(one["nll"] * one["tokens"], dtype=np.float64))
-    tokens = np.asarray(columns["tokens"], dtype=np.float64)
+    mine, theirs = metric.parts(columns), metric.parts(other)
+    if mine is None or theirs is None or not np.array_equal(mine[1], theirs[1]):
+        return None
+    tokens, sign = mine[1], 1 if metric.higher_is_better else -1
 
     def apart(chosen: Any) -> float:
-        means = [part[chosen].sum() / tokens[chosen].sum() for part in sums]
-        return means[0] - means[1] if name == "accuracy" else math.exp(min(means[1], 700)) - math.exp(min(means[0], 700))
+        one, two = (metric.of_mean(part[chosen].sum() / tokens[chosen].sum()) for part in (mine[0], theirs[0]))
+        return sign * (min(one, 1e300) - min(two, 1e300))  # infinity less infinity is no number
 
     generator = np.random.default_rng(0)
     found = [apart(generator.integers(0, len(tokens), len(tokens))) for _ in range(draws)]
@@ -135,14 +313,14 @@ class Gain(NamedTuple):
 
 def higher_is_better(name: str) -> bool:
     """Whether more of this metric is better."""
-    return METRICS[name].higher_is_better if name in METRICS else name not in ERRORS_ON_THE_HUB
+    return BUILT_IN[name].higher_is_better if name in BUILT_IN else name not in ERRORS_ON_THE_HUB
 
 
-def _from_hub(name: str) -> evaluate.EvaluationModule:
+def _from_hub(name: str, table: Table) -> evaluate.EvaluationModule:
     try:
         return evaluate.load(name, keep_in_memory=True)
     except Exception as error:  # evaluate raises anything here, mostly about a script that is missing
         raise CompressionError(
-            f"metrics: {name!r} is not built in, and the Hub's evaluate-metric/{name} can't be had;"
-            f" take a built-in one, or go online.{did_you_mean(name, METRICS)}"
+            f"metrics: {shown(name)} is not built in, and the Hub's evaluate-metric can't be had; take a built-in one, or go"
+            f" online.{did_you_mean(name, table)}"
         ) from error

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -22,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hfcompress.checkpoint.artifact import complete
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.tasks.data import resolve_address
 
@@ -90,36 +97,92 @@ def load_image_processor(path: str) -> Any:
         return AutoImageProcessor.from_pretrained(where, **more)
 
 
-def load_pretrained(
-    auto_class: Any, path: str, config: PreTrainedConfig, new_head: bool, seed: int, **kwargs: Any
-) -> PreTrainedModel:
-    """The model in eval mode; `config` is its `load_config`.
+def open_model(
+    path: str | Path,
+    task: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    config: PreTrainedConfig | None = None,
+    new_head: bool = False,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Any:
+    """The model of a checkpoint or an artifact, with its adapter if it has one, in eval mode: the one door for all models.
 
-    `new_head`: weights may be missing from the checkpoint, and `seed` decides what they are.
+    `task`: a `Task`, whose labels the head then has, an Auto class or a model class; None: the class its config names.
+    `device`: by default the accelerator, this process's own of several, else the CPU. `dtype`: by default the checkpoint's;
+    float32 for GGUF files, which are dequantised. `kwargs` go to `from_pretrained`; a `device_map` among them decides where
+    the model lies, in place of `device`. `config`: its `load_config`, if it is known. `new_head`: weights may be missing from
+    the checkpoint, and `seed` decides what they are. Raises `CompressionError`.
     """
-    where, gguf = locate(path)
-    kind = auto_class.__name__.removeprefix("AutoModelFor")
-    # BERT has a causal head, but without is_decoder every token sees what it is to predict
-    sees_all = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if type(config) not in auto_class._model_mapping or (auto_class is AutoModelForCausalLM and sees_all):
-        raise CompressionError(
-            f"model {str(path)!r}: a {config.model_type} model has no head for {kind}; choose another model or task."
-        )
-    defaults: dict[str, Any] = {"dtype": "auto"}
+    if hasattr(task, "load_model"):
+        return task.load_model(str(path), device=device, dtype=dtype, **kwargs)
+    where, gguf = locate(str(path))
+    config = config or load_config(str(path))
+    kind = _class_for(config, str(path), task)
+    asked: dict[str, Any] = {"dtype": dtype or (torch.float32 if gguf else "auto"), **gguf}
     if gguf:
-        defaults = {"dtype": torch.float32, **gguf, "quantization_config": GgufConfig(**gguf, dequantize=True)}
-    with _explained(path, "weights"), quiet_transformers(), torch.random.fork_rng(devices=[]):
+        asked["quantization_config"] = GgufConfig(**gguf, dequantize=True)
+    place = torch.device(device) if device is not None else _default_device()
+    if getattr(config, "quantization_config", None) is not None and torch.accelerator.is_available():
+        asked["device_map"] = {"": place}  # low-bit layers can't be moved later, and would go to the accelerator unasked
+    with _explained(str(path), "weights"), quiet_transformers(), _quiet_bar(bool(gguf)), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, told = auto_class.from_pretrained(where, output_loading_info=True, **{**defaults, **kwargs})
+        model, told = kind.from_pretrained(where, output_loading_info=True, **{**asked, **kwargs})
     if not new_head and told["missing_keys"]:
         missing = sorted(told["missing_keys"])
         raise CompressionError(
             f"model {str(path)!r}: {len(missing)} of the weights {type(model).__name__} needs are not in the checkpoint"
-            f" (the first is {missing[0]}); choose a checkpoint trained for {kind}."
+            f" (the first is {missing[0]}); choose a checkpoint trained for {_head_of(kind)}."
         )
     if gguf:
         _forget_gguf(model)
+    complete(model, where)
+    is_placed = {**asked, **kwargs}.get("device_map") is not None
+    if not is_placed and not any(parameter.is_meta for parameter in model.parameters()):
+        model.to(place)
     return model.eval()
+
+
+def _class_for(config: PreTrainedConfig, path: str, task: Any) -> Any:
+    """The class that loads it. CompressionError where the architecture has no such head."""
+    if task is None:
+        name = next(iter(config.architectures or ()), "")
+        if not hasattr(transformers, name):
+            raise CompressionError(
+                f"model {path!r}: its config names no class of transformers ({name or 'it has no architectures'}); say"
+                " what it is for with a task."
+            )
+        return getattr(transformers, name)
+    # BERT has a causal head, but without is_decoder every token sees what it is to predict
+    sees_all = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    known = getattr(task, "_model_mapping", None)
+    if known is not None and (type(config) not in known or (task is AutoModelForCausalLM and sees_all)):
+        raise CompressionError(
+            f"model {path!r}: a {config.model_type} model has no head for {_head_of(task)}; choose another model or task."
+        )
+    return task
+
+
+def _head_of(kind: Any) -> str:
+    return kind.__name__.removeprefix("AutoModelFor")
+
+
+def _default_device() -> torch.device:
+    """The accelerator, of several processes each one's own, where `accelerate launch` was not told to stay on the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or os.environ.get("ACCELERATE_USE_CPU"):
+        return processes().device
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())  # type: ignore[union-attr]
+
+
+@contextmanager
+def _quiet_bar(is_gguf: bool) -> Iterator[None]:
+    """transformers' bar over the tensors of a GGUF file has no switch, but looks for stderr when it begins."""
+    with redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
+        yield
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
@@ -131,12 +194,25 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 
 def positions(config: PreTrainedConfig) -> int:
-    """Tokens the model has positions for."""
-    most = getattr(config, "max_position_embeddings", None)
-    if not isinstance(most, int) or most <= 0:
+    """Tokens the model has positions for; 10**9 where its config tells no end.
+
+    RoBERTa and its kin (CamemBERT, MPNet, Longformer, data2vec, ...) count from the pad token's id on, and the rows up to that
+    are of no use: such models are told by a table of positions that has a padding row.
+    """
+    config = config.get_text_config()
+    told = {"max_position_embeddings", *(name for name in vars(config) if re.fullmatch(r"max_\w+_position_embeddings", name))}
+    ends = [end for end in (getattr(config, name, None) for name in told) if isinstance(end, int) and end > 0]
+    if not ends:
         return 10**9
-    # RoBERTa and its kin count positions from pad_token_id + 1
-    return most - (config.pad_token_id or 0) - 1 if "roberta" in config.model_type else most
+    blank = copy.deepcopy(config)
+    vars(blank).pop("quantization_config", None)
+    tables: list[Any] = []
+    # an architecture that is built from nothing else than its own class tells no more than its config does
+    with suppress(Exception), quiet_transformers(), torch.device("meta"):
+        for name, module in AutoModel.from_config(blank).named_modules():
+            tables += [module] if "position" in name.rpartition(".")[2] and hasattr(module, "weight") else []
+    rows = [len(one.weight) - one.padding_idx - 1 for one in tables if isinstance(getattr(one, "padding_idx", None), int)]
+    return min([*ends, *(count for count in rows if count > 0)])
 
 
 def has_head(config: PreTrainedConfig, kind: str = "SequenceClassification") -> bool:
@@ -144,20 +220,38 @@ def has_head(config: PreTrainedConfig, kind: str = "SequenceClassification") -> 
     return any(f"For{kind}" in name for name in config.architectures or ())
 
 
-def fit_labels(names: tuple[str, ...], config: PreTrainedConfig) -> tuple[list[int], tuple[str, ...]] | None:
-    """For each of the data's labels its place in the head, and the names in the head's order; None if they don't fit.
+class Fit(NamedTuple):
+    """For each of the data's labels its place in the head, the names in the head's order, and whether no name confirms it."""
 
-    Names are compared without case; where one side has no names (LABEL_0, LABEL_1, ...) the numbers count.
+    order: list[int]
+    labels: tuple[str, ...]
+    is_guess: bool
+
+
+def fit_labels(names: tuple[str, ...], config: PreTrainedConfig) -> Fit | None:
+    """How the data's labels fit a head; None if they don't.
+
+    Names are compared without case. Numbers are places in the head, where it has no such names. Names beside a head without
+    any (LABEL_0, LABEL_1, ...) can only be taken in their order.
     """
     theirs = head_labels(config)
-    places = {name.casefold(): index for index, name in enumerate(theirs)}
-    if all(name.casefold() in places for name in names):
-        return [places[name.casefold()] for name in names], theirs
-    if _unnamed(names) and len(names) <= len(theirs):
-        return list(range(len(names))), theirs
+    numbers = [_numbered(name) for name in names]
+    if not _unnamed(theirs):
+        places = {name.casefold(): index for index, name in enumerate(theirs)}
+        for written in (names, [name if one is None else str(one) for name, one in zip(names, numbers, strict=True)]):
+            if all(name.casefold() in places for name in written):
+                return Fit([places[name.casefold()] for name in written], theirs, False)
+    if all(one is not None and 0 <= one < len(theirs) for one in numbers):
+        return Fit([int(one or 0) for one in numbers], theirs, 0 not in numbers)
     if _unnamed(theirs) and len(names) == len(theirs):
-        return list(range(len(names))), names
+        return Fit(list(range(len(names))), names, True)
     return None
+
+
+def _numbered(name: str) -> int | None:
+    """3 for "3" and "LABEL_3"."""
+    found = re.fullmatch(r"(?:LABEL_)?(-?\d{1,18})", name)
+    return int(found[1]) if found else None
 
 
 def head_labels(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.tasks.data import find_column
-from hfcompress.tasks.pretrained import positions
+from hfcompress.tasks.columns import as_texts, find_column
 from hfcompress.tasks.texts import TextTask
 
 SOURCES = ("document", "article", "dialogue", "source", "text", "input", "content", "question")
@@ -55,20 +54,27 @@ class Seq2SeqLM(TextTask):
     def _texts(self, rows: Dataset) -> list[str]:
         return ["source", "target"]
 
+    def _used(self, rows: Dataset) -> list[str]:
+        if TRANSLATION in rows.column_names and self.text_column is None and self.target_column is None:
+            return [TRANSLATION]
+        if asked := next((field for field in ("source_lang", "target_lang") if getattr(self, field)), None):
+            raise CompressionError(
+                f"{asked}: dataset {self.dataset!r} has no column {TRANSLATION!r} with languages in it; name its columns"
+                " with text_column and target_column instead."
+            )
+        there, known = rows.column_names, {self.target_column or ""}
+        text = find_column("text_column", self.text_column, SOURCES, there, self.dataset, known)
+        return [text, find_column("target_column", self.target_column, TARGETS, there, self.dataset, [text])]
+
     def _clean(self, rows: Dataset) -> Dataset:
         """`source` and `target`, without rows that lack one."""
-        if TRANSLATION in rows.column_names and self.text_column is None and self.target_column is None:
+        used = self._used(rows)
+        if used == [TRANSLATION]:
             source, target = self._languages(rows)
             pairs = [(row[source], row[target]) for row in rows[TRANSLATION][:]]
         else:
-            if asked := next((field for field in ("source_lang", "target_lang") if getattr(self, field)), None):
-                raise CompressionError(
-                    f"{asked}: dataset {self.dataset!r} has no column {TRANSLATION!r} with languages in it; name its columns"
-                    " with text_column and target_column instead."
-                )
-            there, known = rows.column_names, {self.target_column or ""}
-            text = find_column("text_column", self.text_column, SOURCES, there, self.dataset, known)
-            target = find_column("target_column", self.target_column, TARGETS, there, self.dataset, [text])
+            text, target = used
+            rows = as_texts(as_texts(rows, [text], "text_column", self.dataset), [target], "target_column", self.dataset)
             pairs = list(zip(rows[text][:], rows[target][:], strict=True))
         pairs = [pair for pair in pairs if all(isinstance(part, str) and part.strip() for part in pair)]
         return Dataset.from_dict({"source": [one for one, _ in pairs], "target": [other for _, other in pairs]})
@@ -97,7 +103,7 @@ class Seq2SeqLM(TextTask):
             )
         self._shifter = self._without_weights()
         processor, prefix = self.processor, self.source_prefix
-        longest, target_longest = self._limit(self.max_source_length), min(self.max_target_length, positions(self._config))
+        longest, target_longest = self._limit(self.max_source_length), min(self.max_target_length, self._most())
 
         def tokens(rows: dict[str, list]) -> dict[str, list]:
             encoded = processor([prefix + text for text in rows["source"]], truncation=True, max_length=longest)
@@ -118,6 +124,6 @@ class Seq2SeqLM(TextTask):
     def example(self, batch_size: int, length: int | None = None) -> dict[str, Tensor]:
         """Also `decoder_input_ids` (batch_size, length), no longer than max_target_length."""
         length = length or self.example_length
-        targets = self._first("labels", batch_size, min(length, self.max_target_length, positions(self._config)))
+        targets = self._first("labels", batch_size, min(length, self.max_target_length, self._most()))
         moved_on = self._shifter.prepare_decoder_input_ids_from_labels(labels=targets)
         return {**super().example(batch_size, length), "decoder_input_ids": moved_on}

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.surgery.vocabulary.embeddings import with_tokens
 from hfcompress.tasks.base import Task
-from hfcompress.tasks.data import TEXTS, choose, find_column, quiet_datasets
+from hfcompress.tasks.columns import TEXTS, as_texts, find_column
+from hfcompress.tasks.data import choose, quiet_datasets
 from hfcompress.tasks.pretrained import load_tokenizer, positions
 
 
@@ -26,6 +27,8 @@ class TextTask(Task):
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
 
     text_column: str | None = Field(None, description="the column of the texts; guessed by default")
+
+    _positions: tuple[Any, int] | None = PrivateAttr(None)
 
     def data_tokens(self, split: str = "train") -> Iterator[int]:
         """The tokens of the training data, or of "all", as models are given them."""
@@ -83,13 +86,16 @@ class TextTask(Task):
         """The columns that hold the texts."""
         return [find_column("text_column", self.text_column, TEXTS, rows.column_names, self.dataset)]
 
+    def _used(self, rows: Dataset) -> list[str]:
+        return self._texts(rows)
+
     def _keys(self, rows: Dataset) -> Iterable[Hashable]:
         return zip(*(rows[column][:] for column in self._texts(rows)), strict=True)
 
     def _clean(self, rows: Dataset) -> Dataset:
         """The texts alone, without empty ones."""
-        (text,) = self._texts(rows)
-        rows = rows.select_columns([text])
+        (text,) = self._used(rows)
+        rows = as_texts(rows.select_columns([text]), [text], "text_column", self.dataset)
         filled = [index for index, value in enumerate(rows[text][:]) if value and value.strip()]
         return rows.select(filled, keep_in_memory=True)
 
@@ -103,7 +109,36 @@ class TextTask(Task):
 
     def _limit(self, asked: int) -> int:
         """No longer than asked, than the tokenizer says and than the model has positions."""
-        return min(asked, self.processor.model_max_length, positions(self._config))
+        return min(asked, self.processor.model_max_length, self._most())
+
+    def _most(self) -> int:
+        """Tokens the model has positions for."""
+        if self._positions is None or self._positions[0] is not self._config:
+            self._positions = self._config, positions(self._config)
+        return self._positions[1]
+
+    def _examples_to_check(self) -> list[Any]:
+        return [self._train, self._eval]
+
+    def _check_tokens(self, path: str) -> None:
+        """CompressionError where the texts have tokens that the model has no embeddings for.
+
+        A tokenizer with more tokens than that does no harm where no text has them.
+        """
+        rows = getattr(self._config.get_text_config(), "vocab_size", None)
+        if not isinstance(rows, int) or len(self.processor) <= rows:
+            return
+        most = self.processor.pad_token_id or 0  # padding is read as well
+        for data in self._examples_to_check():
+            for column in self.token_columns:
+                most = max(most, max((max(ids, default=0) for ids in data[column][:]), default=0))
+        if most >= rows:
+            written = self.processor.convert_ids_to_tokens(most)
+            raise CompressionError(
+                f"model {path!r}: its tokenizer makes token {most} ({written!r}), and its embeddings have {rows} rows; save it"
+                f" anew after model.resize_token_embeddings({len(self.processor)}), or give it the tokenizer it was trained"
+                " with."
+            )
 
     def _wanted(self) -> set[str]:
         """The tokenizer's columns that the model's forward knows (DistilBERT, say, has no token_type_ids)."""

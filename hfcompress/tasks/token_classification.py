@@ -4,20 +4,16 @@ from collections.abc import Hashable, Iterable
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset, Value
+from datasets import ClassLabel, Dataset, List, Value
 from pydantic import Field, PositiveInt
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.tasks.data import TAGS, WORDS, find_column, label_names
+from hfcompress.tasks.columns import IGNORED, TAGS, WORDS, find_column, label_index, missing
 from hfcompress.tasks.labels import Classification
 from hfcompress.tasks.pretrained import load_tokenizer
 from hfcompress.tasks.texts import TextTask
-
-IGNORED = -100
-HIDDEN = (None, -1, "")
-"""Labels that a benchmark keeps to itself."""
 
 
 class TokenClassification(Classification, TextTask):
@@ -54,25 +50,29 @@ class TokenClassification(Classification, TextTask):
     def example_length(self) -> int:
         return self._limit(self.max_length)
 
+    def _used(self, rows: Dataset) -> list[str]:
+        text = find_column("text_column", self.text_column, WORDS, rows.column_names, self.dataset)
+        return [text, *self._labels_of(rows, [text], TAGS)]
+
     def _clean(self, rows: Dataset) -> Dataset:
         """`words` and, where there are labels, `tags`: lists of one length, and no empty ones."""
-        text = find_column("text_column", self.text_column, WORDS, rows.column_names, self.dataset)
-        label = self._labels_of(rows, [text], TAGS)
+        text, *label = self._used(rows)
         rows = rows.select_columns([text, *label]).rename_columns({text: "words", **dict.fromkeys(label, "tags")})
         for column, name in zip(rows.column_names, (text, *label), strict=True):
             rows = self._parted(rows, column, name)
         if not label:
             return rows.select([i for i, words in enumerate(rows["words"][:]) if words], keep_in_memory=True)
-        given = []
-        for index, (words, tags) in enumerate(zip(rows["words"][:], rows["tags"][:], strict=True)):
-            if len(words or ()) != len(tags or ()):
+        lists = [tags or [] for tags in rows["tags"][:]]
+        for index, (words, tags) in enumerate(zip(rows["words"][:], lists, strict=True)):
+            if len(words or ()) != len(tags):
                 raise CompressionError(
-                    f"dataset {self.dataset!r}: row {index} has {len(words or ())} words and {len(tags or ())} labels; mend"
+                    f"dataset {self.dataset!r}: row {index} has {len(words or ())} words and {len(tags)} labels; mend"
                     " it, or name the right columns with text_column and label_column."
                 )
-            if any(tag not in HIDDEN for tag in tags or ()):
-                given.append(index)
-        return rows.select(given, keep_in_memory=True)
+        # all at once: -1 hides where it is all there is
+        hidden = iter(missing([tag for tags in lists for tag in tags], getattr(rows.features["tags"], "feature", None)))
+        told = [[tag for tag in tags if not next(hidden) and tag != IGNORED] for tags in lists]
+        return rows.select([index for index, tags in enumerate(told) if tags], keep_in_memory=True)
 
     def _parted(self, rows: Dataset, column: str, name: str) -> Dataset:
         """The column as lists; texts are parted at blanks."""
@@ -85,18 +85,23 @@ class TokenClassification(Classification, TextTask):
                 f"dataset {self.dataset!r}: column {name!r} holds one thing a row, not a list with one a word; name the right"
                 f" one with {field}."
             )
+        if column == "words" and isinstance(kind.feature, Value) and kind.feature.dtype not in ("string", "large_string"):
+            return rows.cast_column(column, List(Value("string")))  # words may be numbers
         return rows
 
     def _keys(self, rows: Dataset) -> Iterable[Hashable]:
         return (tuple(words) for words in rows["words"][:])
 
     def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
+        self._check_chooses(path)
         order: dict[Any, int] = {}
         if self.labelled:
-            values = [tag for rows in (train, held_out) for tags in rows["tags"][:] for tag in tags if tag not in HIDDEN]
-            names = tuple(label_names(train.features["tags"].feature, values, self.dataset))
-            places = self._order(names, path)
-            order = {key: places[index] for index, name in enumerate(names) for key in (index, name)}
+            kind = train.features["tags"].feature
+            hidden = {None, "", IGNORED, *([-1] if isinstance(kind, ClassLabel) else [])}
+            values = [tag for rows in (train, held_out) for tags in rows["tags"][:] for tag in tags if tag not in hidden]
+            names, known = label_index(kind, values, self.dataset)
+            places = self._order(tuple(names), path)
+            order = {value: places[index] for value, index in known.items()}
         else:
             self._order((), path)
         processor, length, wanted, labelled = self.processor, self._limit(self.max_length), self._wanted(), self.labelled

