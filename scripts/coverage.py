@@ -37,8 +37,8 @@ from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.quantizer import forget_reading
 from hfcompress.layers import holds_codes
 from hfcompress.layers.bitsandbytes import quiet_casts
+from hfcompress.layers.low_rank import LowRankLinear
 from hfcompress.methods import LowRank, Quantize
-from hfcompress.methods.low_rank import _as_layer
 from hfcompress.surgery.depth.drop import keep_layers
 from hfcompress.surgery.depth.stacks import Stack, layer_stacks
 from hfcompress.surgery.depth.trials import permitted, rehearse
@@ -193,7 +193,7 @@ def low_rank(name: str, kind: str) -> None:
         old: Any = model.get_submodule(part)
         matrix = old.weight.detach().T if type(old).__name__ == "Conv1D" else old.weight.detach()
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        swap(model, part, _as_layer(old, right * values.sqrt()[:, None], left * values.sqrt()))
+        swap(model, part, LowRankLinear.from_dense(old, right * values.sqrt()[:, None], left * values.sqrt()))
     check_same(dense, answer(model, inputs), "full rank against dense", 1e-4)
     model = build(name, kind)
     method.run(model, None)

@@ -137,5 +137,7 @@ def test_what_is_said_of_pruning_was_measured() -> None:
     )
     first, *_, last = json.loads((ROOT / "docs" / "llm-prune.json").read_text())["rows"]
     before, after = (row["score"]["perplexity"] for row in (first, last))
-    smaller = first["megabytes"] / last["megabytes"]
-    assert f"takes it from {before:.2f} to {after:.2f} at {smaller:.1f} times less memory" in said
+    assert (
+        f"it has a perplexity of {after:.2f} there, where the original, which was never trained on news, has {before:.2f}"
+        in said
+    )

@@ -50,10 +50,8 @@ class Route:
         return self.places.get(module, len(self.places))
 
     def layer_of(self, module: str) -> int:
-        """The place of the layer that a module is in; -1 for one that never runs."""
-        if module not in self.places:
-            return -1
-        return next(place for place, name in enumerate(self.layers) if f"{module}.".startswith(f"{name}."))
+        """The place of the layer that a module is in; -1 for one in no layer that runs."""
+        return next((place for place, name in enumerate(self.layers) if f"{module}.".startswith(f"{name}.")), -1)
 
     def once(self, module: str) -> int:
         """1 where a module runs once in its layer, whatever the tokens are; 0 where that is not sure, as for single experts."""

@@ -15,7 +15,7 @@ from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.quantizer import check_layer, forget_reading  # this import registers the loader
 from hfcompress.layers import holds_codes
-from hfcompress.layers.bitsandbytes import frozen
+from hfcompress.layers.bitsandbytes import forget_compute_dtype, frozen
 
 ADAPTER = "adapter"
 
@@ -44,6 +44,7 @@ def complete(model: Any, folder: str | Path) -> None:
     for name, module in model.named_modules():
         if holds_codes(module):
             check_layer(name, module)
+            forget_compute_dtype(module, model.dtype)
             frozen(module)
     if (Path(folder) / ADAPTER).is_dir():
         conversions = getattr(model, "_weight_conversions", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -101,9 +102,10 @@ def _check_whole(model: nn.Module, blank: nn.Module) -> None:
             )
 
 
-def settled(model: Any, edits: Structure) -> Structure:
-    """Change fields of the config that explain some of these edits, and return those that are left."""
-    if not _may_be_even(model, edits):
+def settled(model: Any, edits: Structure, beside: Collection[str] = ()) -> Structure:
+    """Change fields of the config that explain some of these edits, and return those that are left; none need explain those
+    named `beside`."""
+    if not _may_be_even(model, {name: edit for name, edit in edits.items() if name not in beside}):
         return edits
     for part, change in list(changes(model.config, _resized(model, edits))):
         edits = _settle(model, part, change, edits)

@@ -178,6 +178,13 @@ def frozen(layer: Any) -> nn.Module:
     return layer.requires_grad_(False)
 
 
+def forget_compute_dtype(layer: Any, dtype: torch.dtype) -> None:
+    """A plain bitsandbytes config names a compute dtype even of layers that follow their input: the model's own. Such a layer
+    follows it again, so that a model which is loaded and cast is the one that was cast without."""
+    if type(layer).__name__ == Linear4bit.type_name and layer.compute_dtype == dtype:
+        layer.compute_dtype, layer.compute_type_is_set = None, False
+
+
 def needs_us(layer: nn.Module) -> bool:
     """Whether a low-bit layer was given what bitsandbytes alone can't multiply: its checkpoint needs hfcompress."""
     return bool(getattr(layer, "_many_dims", False))

@@ -107,7 +107,8 @@ def push(folder: str | Path, repo_id: str, private: bool = False, token: str | N
     this machine there, and the card's load snippet names the repository; nothing in the folder changes. Weight files of an
     earlier push that this model does not have are deleted in the same commit: `from_pretrained` might pick them.
 
-    Raises `CompressionError`: weights that are not those that were saved, what `check_push` finds, `private` for a repository that is public, any failed upload.
+    Raises `CompressionError`: weights that are not those that were saved, what `check_push` finds,
+    `private` for a repository that is public, any failed upload.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint.artifact import complete
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.tasks.data import resolve_address

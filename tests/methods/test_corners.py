@@ -22,7 +22,6 @@ from hfcompress import (
     CompressionCallback,
     CompressionError,
     Distill,
-    LowRank,
     PruneHeads,
     PruneNeurons,
     Quantize,
@@ -364,7 +363,7 @@ def test_what_is_never_logged_is_not_kept(tmp_path: Path) -> None:
 def test_quantize_may_not_finish_before_what_cuts() -> None:
     with pytest.raises(CompressionError, match="list quantize first"):
         check_together([PruneNeurons(ratio=0.5), Quantize(bits=8)])
-    check_together([Quantize(bits=8), PruneNeurons(ratio=0.5), LowRank(rank=4)])
+    check_together([Quantize(bits=8), PruneNeurons(ratio=0.5)])
 
 
 # ---------------------------------------------------------------- recipes

@@ -259,7 +259,7 @@ def test_a_model_that_cant_be_described_is_as_it_was(key: str, monkeypatch: pyte
     def fail(_: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr(sys.modules["hfcompress.methods.riding"], "describe", fail)
+    monkeypatch.setattr(sys.modules["hfcompress.methods.base"], "describe", fail)
     model, kind = subject(key)
     before = standing(model)
     with pytest.raises(Stop), riding(model, [method_of(key)], FewBatches(kind)) as tick:

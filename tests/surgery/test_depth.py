@@ -389,7 +389,7 @@ MISTAKES: list[tuple[dict[str, Any], Any, str]] = [
         {"ratio": 0.5},
         None,
         "prune_layers: block_influence needs calibration data; give a task or batches, as in run(model, batches) before a Trainer is "
-        "built, or choose scores: position.",
+        "built or attach(trainer, ...) after, or choose scores: position.",
     ),
     (
         {"ratio": 0.5},

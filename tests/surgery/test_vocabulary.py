@@ -206,7 +206,10 @@ def test_kept_tokens_are_read_and_written_as_before(kind: str, tmp_path: Path) -
     if describe(model) == {}:  # all of them
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path).eval()
-        assert torch.equal(answers(again, ids), after)
+        held = model.state_dict()
+        assert all(torch.equal(held[name], tensor) for name, tensor in again.state_dict().items())
+        # the same weights at another address: kernels may add in another order
+        torch.testing.assert_close(answers(again, ids), after, atol=1e-6, rtol=1e-6)
         assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     else:
         pytest.fail(f"{diff(model)}")
@@ -652,7 +655,7 @@ TASKS = {
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a fresh process, a picture and true times of a run, which take their time; other tests have them."""
     monkeypatch.setattr(measuring, "REPETITIONS", {1: 1, 8: 1})
-    monkeypatch.setattr(loop.artifact, "prove", lambda *given: 0.0)
+    monkeypatch.setattr(loop, "prove", lambda *given: 0.0)
     monkeypatch.setattr(loop, "plot", lambda *given: None)
 
 

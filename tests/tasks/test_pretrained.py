@@ -52,7 +52,8 @@ def test_there_is_one_door_for_models() -> None:
         for file, owner in calls_of_from_pretrained()
         if not re.search(r"(AutoConfig|AutoTokenizer|AutoImageProcessor)$", owner)
     }
-    assert models == {("tasks/pretrained.py", "kind")}
+    # and whether a folder is whole is asked of a plain load, as a stranger makes it
+    assert models == {("tasks/pretrained.py", "kind"), ("checkpoint/verify.py", "auto")}
 
 
 def test_the_checkpoint_s_dtype_stays_or_the_one_asked_for(place: Path, tmp_path: Path) -> None:

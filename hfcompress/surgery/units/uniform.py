@@ -41,6 +41,6 @@ def tells(model: Any, all_units: list[Units], counts: list[int]) -> bool:
         keep = torch.arange(count)
         cut(smaller, units, keep.expand(units.lanes, count) if units.lanes > 1 else keep)
     try:
-        return set(settled(smaller, diff(smaller))) <= set(before)
+        return set(settled(smaller, diff(smaller), before)) <= set(before)
     except CompressionError:
         return False
