@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from hfcompress.checkpoint.config_fields import parts as config_parts
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.structure import twin
 from hfcompress.layers import holds_codes
@@ -49,7 +50,7 @@ def keep_tokens(model: Any, keep: list[int]) -> None:
             f"the pad token, or texts end there), so that must stay; keep tokens 0 to {first - 1}."
         )
     before, config = twin(model), copy.deepcopy(model.config)
-    for part in _parts(config):
+    for part in config_parts(config):
         _renumber(part, keep, total)
     cuts = _cuts(model, before, after := _described(model, config), keep, total)
     _cut(cuts)
@@ -62,12 +63,12 @@ def keep_tokens(model: Any, keep: list[int]) -> None:
 def vocabulary_size(model: Any) -> int:
     """Rows of the table of token embeddings, as the config tells them."""
     total = _table(model).num_embeddings
-    if not any(total in _sizes(part).values() for part in _parts(model.config)):
+    if not any(total in _sizes(part).values() for part in config_parts(model.config)):
         raise CompressionError(
             f"prune_vocab: no field of {type(model.config).__name__} tells the {total} tokens of {type(model).__name__}; "
             f"possible are models whose config has them as vocab_size; leave prune_vocab out."
         )
-    for part in _parts(model.config):
+    for part in config_parts(model.config):
         others = ("vocab_size", *_SECOND) if model.config.is_encoder_decoder else _SECOND
         if other := next((key for key in others if _sizes(part).get(key, total) != total), None):
             raise CompressionError(
@@ -103,7 +104,7 @@ def named_tokens(model: Any) -> set[int]:
 def with_tokens(config: Any, keep: list[int]) -> Any:
     """A copy of a config that tells of these tokens, and those it names, alone."""
     config = copy.deepcopy(config)
-    parts, total = list(_parts(config)), config.get_text_config().vocab_size
+    parts, total = list(config_parts(config)), config.get_text_config().vocab_size
     keep = sorted({*keep, *_named(parts, total)})
     for part in parts:
         _renumber(part, keep, total)
@@ -126,7 +127,7 @@ def fixed_tokens(model: Any) -> int:
     RoBERTa and its kin count positions from the pad token on; CLIP takes a text to end at its highest token if eos is 2.
     """
     table, first = _table(model), 0
-    for part in _parts(model.config):
+    for part in config_parts(model.config):
         pad, eos = getattr(part, "pad_token_id", None), getattr(part, "eos_token_id", None)
         if pad is not None and any(_counts_from(module, pad) for module in model.modules() if module is not table):
             first = max(first, pad + 1)
@@ -214,17 +215,10 @@ def _is_foreign(config: Any, total: int) -> bool:
     return bool(sizes) and total not in sizes.values()
 
 
-def _parts(config: Any) -> Iterator[Any]:
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _parts(value)
-
-
 def _configs(model: Any) -> list[Any]:
     """Every config that some module holds, once: T5 gives each stack a copy of its own."""
     holders = [getattr(module, "config", None) for module in model.modules()]
-    found = [part for config in holders if isinstance(config, PreTrainedConfig) for part in _parts(config)]
+    found = [part for config in holders if isinstance(config, PreTrainedConfig) for part in config_parts(config)]
     found += [
         one for module in model.modules() if isinstance(one := getattr(module, "generation_config", None), GenerationConfig)
     ]
@@ -232,7 +226,7 @@ def _configs(model: Any) -> list[Any]:
 
 
 def _described(model: Any, config: Any) -> nn.Module:
-    for part in _parts(config):
+    for part in config_parts(config):
         if getattr(part, "vocab_offset", 0):
             raise CompressionError(
                 f"prune_vocab: {type(model).__name__} counts the tokens of images or sounds on from those of texts, and these "
@@ -253,7 +247,7 @@ def _cuts(
     model: Any, before: nn.Module, after: nn.Module, keep: list[int], total: int
 ) -> list[tuple[Place, dict[int, Tensor]]]:
     """(owner, attribute) of every tensor with an axis over the vocabulary, and the indices that stay, an axis."""
-    sizes = {size: bisect_left(keep, size) for part in _parts(model.config) for key, size in _sizes(part).items()
+    sizes = {size: bisect_left(keep, size) for part in config_parts(model.config) for key, size in _sizes(part).items()
              if size == total or key == _PARTIAL}  # fmt: skip
     old, new, found = _tensors(before), _tensors(after), []
     for name in {**old, **new}:

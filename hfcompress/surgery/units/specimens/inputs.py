@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+
+from hfcompress.checkpoint.config_fields import parts as config_parts
 
 TOKEN = re.compile(r"((?<!per)_token|token_id|token_index|pad_id|start_token_id|_index|token_ids)$")
 
@@ -120,7 +120,7 @@ class _Example:
     def _tokens(self, side: str, *more: int) -> Tensor:
         """Ids that no config knows as special tokens: padding and image places would be read as something else."""
         special: set[int] = set()
-        for part in _parts(self.config):
+        for part in config_parts(self.config):
             for key, value in vars(part).items():
                 if TOKEN.search(key):
                     special |= {one for one in (value if isinstance(value, list | tuple) else [value]) if type(one) is int}
@@ -147,10 +147,3 @@ class _Example:
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device="cpu")
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _parts(value)
