@@ -147,8 +147,8 @@ def kernels(problems: list[str]) -> dict[str, str]:
             return {"kernels": "no answer"}
     if run.returncode == 0:
         return {"kernels": "4-bit and 8-bit work"}
-    last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1][:200]
-    problems.append(f"bitsandbytes does not work ({last}): pip install --force-reinstall bitsandbytes")
+    last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+    problems.append(f"bitsandbytes does not work ({clean(last)[:200]}): pip install --force-reinstall bitsandbytes")
     return {"kernels": "broken"}
 
 
