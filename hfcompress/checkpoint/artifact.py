@@ -14,8 +14,8 @@ from hfcompress.checkpoint.checksums import CHECKSUMS, write_checksums
 from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.quantizer import check_layer, forget_reading  # this import registers the loader
-from hfcompress.layers import holds_codes
-from hfcompress.layers.bitsandbytes import forget_compute_dtype, frozen
+from hfcompress.layers import holds_codes, prepare
+from hfcompress.layers.bitsandbytes import forget_compute_dtype
 
 ADAPTER = "adapter"
 
@@ -45,7 +45,7 @@ def complete(model: Any, folder: str | Path) -> None:
         if holds_codes(module):
             check_layer(name, module)
             forget_compute_dtype(module, model.dtype)
-            frozen(module)
+            prepare(module)
     if (Path(folder) / ADAPTER).is_dir():
         conversions = getattr(model, "_weight_conversions", None)
         model.load_adapter(str(Path(folder) / ADAPTER))

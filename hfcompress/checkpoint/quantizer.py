@@ -16,8 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.checkpoint.errors import CompressionError, shown
 from hfcompress.checkpoint.structure import FORMAT, Structure, kept_in_float32, name_in, rebuild
-from hfcompress.layers import KINDS, holds_codes, kind_of, stands_in
-from hfcompress.layers.bitsandbytes import frozen
+from hfcompress.layers import KINDS, holds_codes, kind_of, prepare, stands_in
 
 
 @register_quantization_config("hfcompress")
@@ -86,7 +85,7 @@ class HfcompressQuantizer(HfQuantizer):
         # What is read as codes may be is not cast by transformers, so that dense weights must be, afterwards.
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()} if self._has_codes else {}
         for module in model.modules():
-            if stands_in(module) and not holds_codes(module):
+            if stands_in(module) and KINDS[kind_of(module) or ""].is_ours:
                 for part in module.modules():  # what initialises a dense layer would ask for its shape or its bias
                     part._is_hf_initialized = True  # type: ignore[assignment]
         return model
@@ -96,7 +95,7 @@ class HfcompressQuantizer(HfQuantizer):
         check_types(model)
         coded = [module for module in model.modules() if holds_codes(module)]
         for module in coded:
-            frozen(module)
+            prepare(module)
         if coded:  # as transformers' own quantizers say it, and PEFT asks
             model.is_loaded_in_4bit = any(kind_of(module) == "linear_4bit" for module in coded)
             model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
@@ -131,10 +130,11 @@ class HfcompressQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
         owner, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and holds_codes(model.get_submodule(owner))
+        return leaf == "weight" and _is_foreign(model.get_submodule(owner))
 
     def get_load_operations(self) -> dict[str, Any]:
-        if not self._has_codes:
+        kinds = [edit.get("kind") for edit in self.quantization_config.modules.values()]
+        if all(kind.is_ours for name, kind in KINDS.items() if name in kinds):
             return {}
         from hfcompress.checkpoint.from_codes import FromCodes
 
@@ -150,6 +150,11 @@ class HfcompressQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return not self._has_codes
+
+
+def _is_foreign(layer: nn.Module) -> bool:
+    kind = kind_of(layer)
+    return kind is not None and not KINDS[kind].is_ours
 
 
 def check_layer(name: str, layer: nn.Module, edit: dict[str, Any] | None = None) -> None:

@@ -8,6 +8,7 @@ from hfcompress.layers.base import DTYPES, Kind, features
 from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit
 from hfcompress.layers.dense import DenseConv1D, DenseEmbedding, DenseLinear
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
+from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
 
 KINDS: dict[str, type[Kind]] = {
     "linear": DenseLinear,
@@ -17,10 +18,12 @@ KINDS: dict[str, type[Kind]] = {
     "low_rank_embedding": LowRankEmbedding,
     "linear_4bit": Linear4bit,
     "linear_8bit": Linear8bit,
+    "quant_linear": QuantLinear,
+    "quant_embedding": QuantEmbedding,
 }
 _KIND_BY_TYPE = {kind.type_name: name for name, kind in KINDS.items()}
 
-__all__ = ["DTYPES", "KINDS", "Kind", "features", "holds_codes", "kind_of", "stands_in"]
+__all__ = ["DTYPES", "KINDS", "Kind", "features", "holds_codes", "kind_of", "prepare", "stands_in"]
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -33,6 +36,11 @@ def holds_codes(module: nn.Module) -> bool:
     """Whether a layer holds its weight as codes of few bits."""
     kind = kind_of(module)
     return kind is not None and KINDS[kind].holds_codes
+
+
+def prepare(layer: nn.Module) -> None:
+    """Make a layer of codes ready to compute."""
+    KINDS[kind_of(layer) or ""].prepare(layer)
 
 
 def stands_in(module: nn.Module) -> bool:

@@ -28,6 +28,8 @@ class Kind:
     """The kinds that it may stand in for."""
     holds_codes: ClassVar[bool] = False
     """Whether the weight is stored as codes of few bits, which can be neither trained nor cut."""
+    is_ours: ClassVar[bool] = True
+    """Whether its tensors are read and computed with by this package alone, not by bitsandbytes."""
     stands_in: ClassVar[bool] = True
     """Whether it is another layer than the architecture's own."""
 
@@ -64,6 +66,10 @@ class Kind:
         """What is wrong with the tensors that a checkpoint gave it beside its parameters; None if nothing is. No kernel may
         read them before: those of bitsandbytes trust sizes, and read past the end."""
         return None
+
+    def prepare(self: Any) -> None:
+        """Make a layer of codes ready to compute, as it must be once it is loaded: codes can't be trained."""
+        self.requires_grad_(False)
 
     def dequantised(self: Any) -> Tensor:
         """The dense weight it computes with: (out, in), or (rows, columns) of a table."""

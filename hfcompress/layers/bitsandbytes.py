@@ -26,6 +26,7 @@ class Linear4bit(Kind):
     type_name = "Linear4bit"
     names = ("in_features", "out_features", "bias", "quant_type", "compress_statistics", "compute_dtype")
     holds_codes = True
+    is_ours = False
 
     @staticmethod
     def fields(layer: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -83,6 +84,10 @@ class Linear4bit(Kind):
         return _bad_scales(state, layer.in_features * layer.out_features)
 
     @staticmethod
+    def prepare(layer: Any) -> None:  # type: ignore[override]
+        frozen(layer)
+
+    @staticmethod
     def dequantised(layer: Any) -> Tensor:  # type: ignore[override]
         import bitsandbytes as bnb
 
@@ -99,6 +104,7 @@ class Linear8bit(Kind):
     type_name = "Linear8bitLt"
     names = ("in_features", "out_features", "bias", "threshold")
     holds_codes = True
+    is_ours = False
 
     @staticmethod
     def fields(layer: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -137,6 +143,8 @@ class Linear8bit(Kind):
         if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
             return f"its codes are {tuple(layer.weight.shape)}, not {(layer.out_features, layer.in_features)}"
         return _bad_tensor("SCB, the scales of its codes,", scales, layer.out_features, torch.float32)
+
+    prepare = Linear4bit.prepare  # type: ignore[assignment]
 
     @staticmethod
     def dequantised(layer: Any) -> Tensor:  # type: ignore[override]

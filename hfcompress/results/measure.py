@@ -158,7 +158,8 @@ def _codes(module: nn.Module) -> torch.Tensor | None:
     if weight is None or not weight.numel():
         return None
     named = any(base.__name__ in LOW_BIT for base in type(module).__mro__)
-    return weight if named or (not weight.is_floating_point() and hasattr(module, "in_features")) else None
+    sized = hasattr(module, "in_features") or hasattr(module, "num_embeddings")
+    return weight if named or (sized and not weight.is_floating_point()) else None
 
 
 def has_codes(model: nn.Module) -> bool:

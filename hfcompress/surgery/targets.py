@@ -15,6 +15,8 @@ from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.layers import kind_of
 from hfcompress.layers.bitsandbytes import codes_fit
 
+_STORED = ("weight", "SCB", "scale", "offset")
+
 
 def codable(model: Any, bits: int = 8) -> list[str]:
     """Names of the body's dense layers that may become codes of so many bits."""
@@ -30,8 +32,31 @@ def codable(model: Any, bits: int = 8) -> list[str]:
         and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
         # The scales of codes are found by the name of their weight, which a load must leave as it is and not find twice.
         and not any(part.endswith("weight") for part in name.split("."))
-        and all(one.rename_source_key(key)[0] == key for key in (f"{name}.weight", f"{name}.SCB") for one in renames)
+        and all(one.rename_source_key(f"{name}.{leaf}")[0] == f"{name}.{leaf}" for leaf in _STORED for one in renames)
     ]
+
+
+def codable_tables(model: Any) -> list[list[str]]:
+    """Names of input and output embeddings that may become codes; those that share a weight together."""
+    prefix, _ = base_of(model)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    shared = sharing(model)
+    groups: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        is_inner = kind_of(module) == "embedding" and f"{name}.".startswith(prefix)
+        if (is_inner or module is output) and not any(name in group for group in groups.values()):
+            groups[name] = [name, *shared.get(name, [])]
+    return [group for group in groups.values() if all(_is_plain_table(model, name) for name in group)]
+
+
+def _is_plain_table(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name)
+    is_whole = kind_of(module) != "embedding" or (module.max_norm is None and not module.sparse)
+    return (
+        kind_of(module) in ("embedding", "linear")
+        and is_whole
+        and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
+    )
 
 
 def _owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:

@@ -19,6 +19,7 @@ from hfcompress.checkpoint.describe import describe, diff
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.structure import rebuild, twin
 from hfcompress.layers import holds_codes
+from hfcompress.layers.quantized import QuantLinear
 from hfcompress.methods import (
     METHODS,
     Adapters,
@@ -77,6 +78,8 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Quantize(4),
         Quantize(4, quant_type="fp4", use_double_quant=False),
         Quantize(8, threshold=6.0),
+        Quantize(8, engine="hfcompress", embeddings=8),
+        Quantize(4, engine="hfcompress", group_size=16, symmetric=False, embeddings=4, bits_pattern={r".*\.0\..*": 8}),
     ],
     "cast": [Cast(), Cast("float16")],
     "student": [
@@ -189,7 +192,7 @@ def test_reload_equals_the_original_twice(kind: str, method: Method, tmp_path: A
     check_reload(model, kind, tmp_path)
 
 
-@pytest.mark.parametrize("last", [Quantize(8), Quantize(4), Cast()], ids=str)
+@pytest.mark.parametrize("last", [Quantize(8), Quantize(4), Quantize(8, engine="hfcompress", embeddings=8), Cast()], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_methods_on_one_model_reload(kind: str, last: Method, tmp_path: Any) -> None:
     model = tiny_model(kind)
@@ -254,6 +257,9 @@ LOUD = {
     "low_rank_embedding": [LowRank(rank=4, target_modules=["word_embeddings"])],
     "linear_4bit": [LowRank(rank=4, target_modules=["query"]), Quantize(4)],
     "linear_8bit": [LowRank(rank=4, target_modules=["query"]), Quantize(8)],
+    "quant_linear": [Quantize(8, engine="hfcompress")],
+    "quant_linear_of_4_bits": [Quantize(4, engine="hfcompress")],
+    "quant_embedding": [Quantize(8, engine="hfcompress", embeddings=8, skip_modules=["dense", "query", "key"])],
 }
 
 
@@ -311,6 +317,8 @@ def dense_weight(layer: Any) -> torch.Tensor:
 
     if type(layer).__name__ == "Linear4bit":
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    if isinstance(layer, QuantLinear):
+        return layer.dequantised()
     if type(layer).__name__ == "Linear8bitLt":
         scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
         return layer.weight.data.float() * scale[:, None] / 127
@@ -319,6 +327,11 @@ def dense_weight(layer: Any) -> torch.Tensor:
 
 def half_step(dense: torch.Tensor, layer: Any) -> torch.Tensor:
     """The largest rounding error that codes may have, for every weight."""
+    if isinstance(layer, QuantLinear):  # what a scale or an offset was rounded to in float16 comes on top
+        step = layer.scale.float() * (0.5 + 2**-10 * 2**layer.bits) + (
+            0 if layer.offset is None else layer.offset.abs() * 2**-11
+        )
+        return step.repeat_interleave(dense.shape[1] // step.shape[1], 1)
     if type(layer).__name__ == "Linear8bitLt":
         # the codes are computed in float16: its rounding comes on top, once for the weight and once for the quotient
         return dense.abs().amax(dim=1, keepdim=True) / 127 / 2 + dense.abs() * 2**-10
@@ -330,8 +343,18 @@ def half_step(dense: torch.Tensor, layer: Any) -> torch.Tensor:
     return (step + blocks * (0.02 if state.nested else 1e-6)).expand(-1, state.blocksize).reshape_as(dense)
 
 
+OURS = [
+    Quantize(8, engine="hfcompress"),
+    Quantize(8, engine="hfcompress", group_size=16, symmetric=False),
+    Quantize(4, engine="hfcompress"),
+    Quantize(4, engine="hfcompress", group_size=8, symmetric=False),
+]
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-@pytest.mark.parametrize("method", [Quantize(8), Quantize(4), Quantize(4, quant_type="fp4", use_double_quant=False)], ids=str)
+@pytest.mark.parametrize(
+    "method", [Quantize(8), Quantize(4), Quantize(4, quant_type="fp4", use_double_quant=False), *OURS], ids=str
+)
 def test_quantisation_error_stays_within_half_a_step(kind: str, method: Quantize) -> None:
     model = tiny_model(kind)
     layer = model.get_submodule(units_of(model, "neurons")[0].projections[0])

@@ -16,6 +16,7 @@ from hfcompress.layers import KINDS, kind_of
 from hfcompress.layers.base import PlainLinear
 from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
+from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
 
 INTO, OUT, ROWS = 64, 96, 50
 
@@ -61,10 +62,21 @@ LAYERS: dict[str, list[Callable[[], Any]]] = {
         lambda: Linear8bit.from_linear(dense(False), threshold=6.0),
         lambda: Linear8bit.from_linear(conv1d()),
     ],
+    "quant_linear": [
+        lambda: QuantLinear.from_linear(dense()),
+        lambda: QuantLinear.from_linear(dense(False), group_size=16, symmetric=False),
+        lambda: QuantLinear.from_linear(conv1d(), bits=4, group_size=32),
+        lambda: QuantLinear.from_linear(dense(), bits=4, group_size=8, symmetric=False),
+    ],
+    "quant_embedding": [
+        lambda: QuantEmbedding.from_dense(nn.Embedding(ROWS, OUT, padding_idx=0)),
+        lambda: QuantEmbedding.from_dense(nn.Embedding(ROWS, OUT), bits=4, group_size=32, symmetric=False),
+    ],
 }
 ROWS_OF_LAYERS = [(kind, make) for kind, makes in LAYERS.items() for make in makes]
-# In which dtype, and how far off as a share: the 8-bit layer rounds its input to 8 bits, half precision its own way.
+# In which dtype, and how far off as a share: 8-bit layers round their input to 8 bits, half precision its own way.
 EXACT, HALF = 1e-5, 2e-2
+ROUNDS = ("linear_8bit", "quant_linear")
 
 
 def given(kind: str, dtype: torch.dtype) -> torch.Tensor:
@@ -90,7 +102,7 @@ def test_dequantised_is_the_weight_that_it_computes_with(kind: str, make: Any) -
     bias = None if getattr(layer, "bias", None) is None else layer.bias.float()  # bitsandbytes casts it to compute_dtype
     found = functional.embedding(x, weight) if "embedding" in kind else functional.linear(x, weight, bias)
     computes = getattr(layer, "compute_dtype", None)
-    assert off(found, expected) < (HALF if kind == "linear_8bit" or computes == torch.bfloat16 else EXACT)
+    assert off(found, expected) < (HALF if kind in ROUNDS or computes == torch.bfloat16 else EXACT)
     assert torch.equal(KINDS[kind].dequantised(layer).float(), weight), "a forward changes nothing"
 
 
@@ -101,12 +113,14 @@ def test_the_export_form_computes_the_same_with_plain_operators(kind: str, make:
     for parameter in layer.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    if kind == "quant_embedding":  # its codes can't tell what it computes in
+        layer.to(dtype)
     expected = layer(x)
     plain = KINDS[kind].export_form(layer)
     assert {type(module) for module in plain.modules()} <= {nn.Linear, PlainLinear, nn.Embedding, nn.Sequential, Conv1D}
     assert plain(x).dtype == expected.dtype == dtype
     computes = getattr(layer, "compute_dtype", None)
-    assert off(plain(x), expected) < (HALF if kind == "linear_8bit" or torch.bfloat16 in (dtype, computes) else EXACT)
+    assert off(plain(x), expected) < (HALF if kind in ROUNDS or torch.bfloat16 in (dtype, computes) else EXACT)
 
 
 @pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])

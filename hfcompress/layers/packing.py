@@ -1,0 +1,57 @@
+"""Codes of few bits: a matrix rounded to them, and how they lie in bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rounded(
+    matrix: Tensor, bits: int, group_size: int | None = None, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round to the nearest of 2^bits even steps: (codes, scale, offset).
+
+    `matrix`: (rows, columns), with a scale for each row, or for every `group_size` columns of it, which divides them.
+    Codes are (rows, groups, group_size) int16; scale, offset (rows, groups) as `scale_dtype` says. Symmetric: codes from
+    -(2^(bits-1) - 1), a weight is code * scale. Else: codes from 0, code * scale + offset, offset being the least weight.
+    """
+    groups = matrix.float().unflatten(1, (-1, group_size or matrix.shape[1]))
+    dtype, most = scale_dtype(group_size), 2 ** (bits - 1) - 1
+    if symmetric:
+        scale, offset = _kept(groups.abs().amax(-1) / most, dtype), None
+        codes = (groups / scale.float()[..., None]).round().clamp_(-most, most)
+    else:
+        low, high = groups.aminmax(dim=-1)
+        offset = low.to(dtype)
+        scale = _kept((high - offset.float()).clamp_min(0) / (2**bits - 1), dtype)
+        codes = ((groups - offset.float()[..., None]) / scale.float()[..., None]).round().clamp_(0, 2**bits - 1)
+    return codes.to(torch.int16), scale, offset
+
+
+def scale_dtype(group_size: int | None) -> torch.dtype:
+    """What scales are kept in: one a row in float32, one a group in float16, as GGUF keeps them."""
+    return torch.float32 if group_size is None else torch.float16
+
+
+def _kept(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As it is kept; never zero, as it divides."""
+    return scale.to(dtype).clamp_(2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny, torch.finfo(dtype).max)
+
+
+def packed(codes: Tensor, bits: int, signed: bool) -> Tensor:
+    """(..., n) integers to what is stored: int8 for 8 bits, else uint8 (..., n * bits / 8), the first code in the low bits and
+    signed ones shifted to begin at 0."""
+    if bits == 8:
+        return codes.to(torch.int8 if signed else torch.uint8)
+    codes = (codes + (2 ** (bits - 1) if signed else 0)).to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return (codes << shifts).sum(-1, dtype=torch.uint8)
+
+
+def unpacked(stored: Tensor, bits: int, signed: bool) -> Tensor:
+    """`packed`, backwards: int8 (..., n), uint8 for unsigned codes of 8 bits."""
+    if bits == 8:
+        return stored
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stored.device)
+    codes = ((stored[..., None] >> shifts) & (2**bits - 1)).flatten(-2).to(torch.int8)
+    return codes - 2 ** (bits - 1) if signed else codes

@@ -1,0 +1,270 @@
+"""Layers of 8- or 4-bit codes of our own, right on every device, and fast where the processor multiplies bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers import kernels
+from hfcompress.layers.base import Kind, dense_fields, dense_linear, features, is_conv1d
+from hfcompress.layers.dense import DenseEmbedding
+from hfcompress.layers.packing import packed, rounded, scale_dtype, unpacked
+
+BITS = (8, 4)
+
+
+class Codes(nn.Module, Kind):
+    """What layers of codes share: `weight` (rows, groups, bytes), with a `scale` and, if not `symmetric`, an `offset` for each
+    row and group. The shape of `weight` clashes with the dense one's, so that no load without hfcompress takes it for that.
+
+    A weight is code * scale (+ offset). Scales stay in the dtype they have, whatever the rest of the model is cast to.
+    """
+
+    holds_codes = True
+    weight: Any
+    scale: Tensor
+    offset: Tensor | None
+
+    def _allocate(self, rows: int, columns: int, bits: int, group_size: int | None, symmetric: bool, device: Any) -> None:
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        if wrong := mismatch(columns, bits, group_size):
+            raise CompressionError(f"{type(self).__name__}: {wrong}.")
+        size = group_size or columns
+        stored = torch.empty(rows, columns // size, size * bits // 8, dtype=self.stored_dtype, device=device)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        for name, is_there in (("scale", True), ("offset", not symmetric)):
+            each = torch.empty(rows, columns // size, dtype=scale_dtype(group_size), device=device)
+            self.register_buffer(name, each if is_there else None)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return torch.int8 if self.bits == 8 and self.symmetric else torch.uint8
+
+    def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
+        """(rows, groups, group_size) integers, and (rows, groups) what they are worth; see `packing.rounded`."""
+        self.weight.data = packed(codes, self.bits, self.symmetric).to(self.weight.device).contiguous()
+        self.scale = scale.to(self.weight.device, scale_dtype(self.group_size))
+        self.offset = None if offset is None else offset.to(self.weight.device, scale_dtype(self.group_size))
+
+    def codes(self) -> Tensor:
+        """(rows, groups, group_size) int8, or uint8"""
+        return unpacked(self.weight.data, self.bits, self.symmetric)
+
+    def dequantised(self) -> Tensor:
+        """(rows, columns) float32"""
+        return _worth(self.codes(), self.scale, self.offset).flatten(1)
+
+    def damage(self) -> str | None:
+        if self.weight.dtype != self.stored_dtype:
+            return f"its codes are {self.weight.dtype}, not {self.stored_dtype}"
+        for name in ("scale", "offset"):
+            tensor = getattr(self, name)
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                return f"{name}, beside its codes, holds infinite values, or values that are no numbers"
+        return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = {name: getattr(self, name) for name in ("scale", "offset")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now is not None and now.dtype != before.dtype:
+                setattr(self, name, before.to(now.device))
+        return self
+
+    def _told(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+
+    @classmethod
+    def _allows(cls, key: str, value: Any, columns: int) -> bool:
+        if key == "group_size":
+            return value is None or (type(value) is int and 0 < value <= columns and columns % value == 0)
+        return value in BITS and type(value) is int if key == "bits" else type(value) is bool
+
+
+class QuantLinear(Codes, nn.Linear):
+    """A Linear, or a transposed Conv1D, of codes. `bias` is dense and may be trained; gradients reach the input."""
+
+    type_name = "QuantLinear"
+    names = ("in_features", "out_features", "bias", "bits", "group_size", "symmetric")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bits: int = 8,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._allocate(out_features, in_features, bits, group_size, symmetric, device)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
+        self._prepacked: Tensor | None = None
+
+    @classmethod
+    def from_linear(cls, layer: Any, bits: int = 8, group_size: int | None = None, symmetric: bool = True) -> QuantLinear:
+        """What takes the place of a Linear or Conv1D, each weight rounded to the nearest code."""
+        matrix = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+        return cls.from_codes(layer, *rounded(matrix, bits, group_size, symmetric), bits, group_size)
+
+    @classmethod
+    def from_codes(
+        cls, layer: Any, codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int, group_size: int | None
+    ) -> QuantLinear:
+        """Of codes (out, groups, group_size) that somebody chose, scale and offset (out, groups)."""
+        has_bias = getattr(layer, "bias", None) is not None
+        new = cls(
+            *features(layer), has_bias, bits, group_size, offset is None, device=layer.weight.device, dtype=layer.weight.dtype
+        )
+        new.set_codes(codes, scale, offset)
+        if has_bias:
+            new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        return new.requires_grad_(False)
+
+    @classmethod
+    def build(cls, **fields: Any) -> nn.Module:
+        return cls(**fields).requires_grad_(False)
+
+    @classmethod
+    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+        return type(value) is bool if key == "bias" else cls._allows(key, value, limits["in_features"])
+
+    @classmethod
+    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
+        return super().mistake(fields, limits) or mismatch(fields["in_features"], fields["bits"], fields["group_size"])
+
+    def fields(self) -> dict[str, Any]:
+        return {**dense_fields(self), **self._told()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of x"""
+        trained = self.bias is not None and self.bias.requires_grad
+        if not torch.is_grad_enabled() or not (x.requires_grad or trained):
+            return self.product(x, self.bias)
+        said = Product.apply(x, self) if x.requires_grad else self.product(x, None)
+        return said if self.bias is None else said + self.bias.to(said.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """By the kernel that is fastest here; see `kernels`."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        kernel = kernels.kernel_for(x, rows) if rows and self._has_kernels else "dense"
+        if kernel == "integers":
+            if self._prepacked is None:
+                self._prepacked = kernels.prepack(self.weight.data[:, 0])
+            return kernels.by_integers(x, self._prepacked, self.scale[:, 0], bias)
+        if kernel == "weights":
+            return kernels.by_weights(x, self.weight.data[:, 0], self.scale[:, 0], bias)
+        return functional.linear(x, self.dequantised().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @property
+    def _has_kernels(self) -> bool:
+        return self.bits == 8 and self.symmetric and self.group_size is None
+
+    def export_form(self) -> nn.Module:
+        return dense_linear(self.dequantised(), self.bias)
+
+    def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
+        super().set_codes(codes, scale, offset)
+        self._prepacked = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._prepacked = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepacked = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what only oneDNN can read; copies and pickles lay it out again."""
+        return {**self.__dict__, "_prepacked": None}
+
+
+class QuantEmbedding(Codes, nn.Embedding):
+    """An Embedding of codes: the rows that are asked for are unpacked."""
+
+    type_name = "QuantEmbedding"
+    names = ("num_embeddings", "embedding_dim", "padding_idx", "bits", "group_size", "symmetric")
+    sizes = ("num_embeddings", "embedding_dim")
+    replaces = ("embedding",)
+    speaks: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        bits: int = 8,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self._allocate(num_embeddings, embedding_dim, bits, group_size, symmetric, device)
+        # An embedding decides what the model computes in: this tells it, and is cast with the model.
+        self.register_buffer("speaks", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @classmethod
+    def from_dense(cls, table: Any, bits: int = 8, group_size: int | None = None, symmetric: bool = True) -> QuantEmbedding:
+        """What takes the place of an Embedding, each weight rounded to the nearest code."""
+        matrix = table.weight.detach()
+        size, kind = features(table), {"device": matrix.device, "dtype": matrix.dtype}
+        new = cls(*size, table.padding_idx, bits, group_size, symmetric, **kind)
+        new.set_codes(*rounded(matrix, bits, group_size, symmetric))
+        return new.requires_grad_(False)
+
+    @classmethod
+    def build(cls, **fields: Any) -> nn.Module:
+        return cls(**fields).requires_grad_(False)
+
+    @classmethod
+    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+        dense = key == "padding_idx"
+        return DenseEmbedding.allows(key, value, limits) if dense else cls._allows(key, value, limits["embedding_dim"])
+
+    @classmethod
+    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
+        return super().mistake(fields, limits) or mismatch(fields["embedding_dim"], fields["bits"], fields["group_size"])
+
+    def fields(self) -> dict[str, Any]:
+        return {**DenseEmbedding.fields(self), **self._told()}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) to (..., dim)"""
+        codes = unpacked(self.weight.data[ids], self.bits, self.symmetric)
+        offset = None if self.offset is None else self.offset[ids]
+        return _worth(codes, self.scale[ids], offset).flatten(-2).to(self.speaks.dtype)
+
+    def export_form(self) -> nn.Module:
+        return nn.Embedding.from_pretrained(self.dequantised().to(self.speaks.dtype), padding_idx=self.padding_idx)
+
+
+Product = kernels.Product
+
+
+def mismatch(columns: int, bits: int, group_size: int | None) -> str | None:
+    """What keeps rows of so many columns from being codes; the nearest group that would fit is told. None if nothing does."""
+    if group_size is not None and columns % group_size:
+        possible = [size for size in range(1, columns + 1) if columns % size == 0 and size * bits % 8 == 0]
+        near = min(possible or [columns], key=lambda size: abs(size - group_size))
+        return f"group_size {group_size} does not divide {columns} columns; the nearest that does is {near}"
+    if (group_size or columns) * bits % 8:
+        return f"{group_size or columns} codes of {bits} bits fill no whole bytes"
+    return None
+
+
+def _worth(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """(..., groups, group_size) codes, in float32, of scale and offset (..., groups)."""
+    said = codes.float() * scale.float()[..., None]
+    return said if offset is None else said + offset.float()[..., None]

