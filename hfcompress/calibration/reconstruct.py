@@ -18,6 +18,7 @@ from hfcompress.calibration.batches import MakeBatches, evaluating
 from hfcompress.calibration.layerwise import layerwise
 from hfcompress.calibration.processes import agreed
 from hfcompress.calibration.second_moments import DAMPING, Moments, Projection
+from hfcompress.checkpoint.writing import written
 from hfcompress.surgery.units.spans import Span, Units, channel_axis
 from hfcompress.surgery.units.specimens.inputs import example
 
@@ -48,7 +49,9 @@ class Undo:
             yield
         finally:
             for tensor, old in zip(given, before, strict=True):
-                save_file({"old": old.contiguous(), "new": tensor.detach().cpu().contiguous()}, self._file(len(self._changed)))
+                both = {"old": old.contiguous(), "new": tensor.detach().cpu().contiguous()}
+                with written(self._folder.name, "what was before a repair"):
+                    save_file(both, self._file(len(self._changed)))
                 self._changed.append(tensor)
 
     def undo(self) -> None:

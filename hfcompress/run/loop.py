@@ -16,6 +16,7 @@ from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint import artifact
 from hfcompress.checkpoint.errors import CompressionError, explained
 from hfcompress.checkpoint.proof import prove
+from hfcompress.checkpoint.writing import write_text
 from hfcompress.results import hub
 from hfcompress.results.card import write_card
 from hfcompress.results.plot import plot
@@ -129,8 +130,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     if done:
         tell(f"going on after step {done}, where an earlier run stopped")
         if state.is_main_process:  # later steps may have been mended
-            (work / "recipe.yaml.part").write_text(recipe.to_yaml(), encoding="utf-8")
-            (work / "recipe.yaml.part").replace(work / "recipe.yaml")
+            write_text(work / "recipe.yaml", recipe.to_yaml(), "the recipe")
         with _going_on(work):
             model = artifact.load(task, work / f"step-{done}")
             if done >= recipe.reference:
@@ -145,8 +145,8 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        (work / INPUTS).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_text(work / INPUTS, json.dumps(now, indent=2) + "\n", "what the run reads")
+        write_text(work / "recipe.yaml", recipe.to_yaml(), "the recipe")
     report = Report(reference=recipe.reference)
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
@@ -209,7 +209,7 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
     shutil.rmtree(whole, ignore_errors=True)
     artifact.save(model, task.processor, whole)
     prove(model, task.example(2, min(32, task.example_length)), whole)
-    (whole / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    write_text(whole / "recipe.yaml", recipe.to_yaml(), "the recipe")
     if (work / INPUTS).is_file():
         shutil.copyfile(work / INPUTS, whole / INPUTS)
     report.save(whole / "report.json")

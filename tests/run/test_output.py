@@ -343,6 +343,42 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
     assert "going on after step 1, where an earlier run stopped" in lines
 
 
+@pytest.mark.parametrize(
+    "name, what, left, number",
+    [
+        ("recipe.yaml", "the recipe", "", errno.ENOSPC),
+        ("report.json", "the report", "", errno.EFBIG),
+        ("report.png", "the plot", "out.partial/step-2/model.safetensors", errno.EFBIG),
+        ("README.md", "the model card", "out.partial/step-2/model.safetensors", errno.ENOSPC),
+    ],
+)
+def test_whatever_file_the_disk_has_no_room_for_is_one_sentence_and_the_run_goes_on(
+    place: Path, name: str, what: str, left: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, refusals = open, []
+
+    def full(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if Path(str(file)).name.startswith(name) and set(mode) & set("wxa"):
+            refusals.append(str(file))
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, mode, *more, **options)
+
+    for owner in ("io.open", "builtins.open"):
+        monkeypatch.setattr(owner, full)
+    told = refused(place, place / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "prove", lambda *_: 0.0)
+    assert refusals and len(told.splitlines()) == 1
+    assert f": {what} can't be written there ([Errno {number}] {os.strerror(number)}: " in told
+    assert told.endswith(
+        "); free some space or choose another place, then do the same again: a run goes on after its last finished step."
+    )
+    assert (place / left).exists() and not (place / "out").exists()
+    compress(recipe(place), place / "out")
+    assert not (place / "out.partial").exists()
+    assert {"recipe.yaml", "report.json", "report.png", "README.md"} <= {path.name for path in (place / "out").iterdir()}
+
+
 def test_adapter_files_beside_the_weights_are_found_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "bert" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(loop, "_compress", lambda *_: pytest.fail("it began"))
