@@ -131,18 +131,16 @@ def _leave(span: Span, why: str) -> None:
 
 def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments, damping: float) -> Repaired:
     """Write into the columns that stay of a lane (..., columns), and into its bias."""
-    weight = lane.flatten(0, -2).double()
-    columns = columns.to(weight.device)
-    gone = torch.ones(weight.shape[-1], dtype=torch.bool, device=weight.device).index_fill_(0, columns, False)
-    square, mean = moments.square(about_mean=bias is not None), moments.mean
-    lost = weight[:, gone]
-    power, before = _mean_square(weight, square), _mean_square(lost, square[gone][:, gone])
-    if bias is not None:  # both are told about zero
-        power, before = power + (weight @ mean).square().sum(), before + (lost @ mean[gone]).square().sum()
-    zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
-    more = _divided(rz, zz, damping)
-    after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
-    lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
+    columns, about_mean = columns.to(lane.device), bias is not None
+    gone = torch.ones(lane.shape[-1], dtype=torch.bool, device=lane.device).index_fill_(0, columns, False).nonzero().flatten()
+    power, mean = moments.mean_square(lane.flatten(0, -2).double()), moments.mean.double()
+    lost = lane[..., gone].flatten(0, -2).double()
+    rest = _mean_square(lost, moments.block(gone, gone, about_mean))
+    before = rest + (lost @ mean[gone]).square().sum() if about_mean else rest  # told about zero, as the power is
+    rz = lost @ moments.block(gone, columns, about_mean)
+    more, moved = _divided(rz, moments.block(columns, columns, about_mean, last=True), damping)
+    after = rest - 2 * (more * rz).sum() + moved
+    lane[..., columns] = (lane[..., columns].flatten(0, -2).double() + more).to(lane).reshape(*lane.shape[:-1], -1)
     lane[..., gone] = 0.0
     if bias is not None:
         bias.data += (lost @ mean[gone] - more @ mean[columns]).to(bias)
@@ -155,14 +153,16 @@ def _mean_square(weight: Tensor, square: Tensor) -> Tensor:
     return (weight * (weight @ square)).sum()
 
 
-def _divided(left: Tensor, moments: Tensor, damping: float) -> Tensor:
-    """left (moments + ridge)^-1, for (out, k) and (k, k)."""
+def _divided(left: Tensor, moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """D = left (moments + ridge)^-1, for (out, k) and (k, k), which is overwritten; and tr D moments D^T."""
     ridge = damping * moments.diagonal().mean()
-    damped = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not factor.isfinite().all():  # columns that say the same, and no ridge: the least of all solutions
-        return left @ torch.linalg.pinv(damped, hermitian=True)
-    return torch.cholesky_solve(left.T, factor).T
+    moments.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(moments)
+    if int(failed) or not factor.diagonal().isfinite().all():  # columns that say the same, and no ridge: the least solution
+        found = left @ torch.linalg.pinv(moments, hermitian=True)
+        return found, _mean_square(found, moments) - ridge * found.square().sum()
+    found = torch.cholesky_solve(left.T, factor).T
+    return found, (found @ factor).square().sum() - ridge * found.square().sum()
 
 
 @torch.no_grad()
