@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from hfcompress.checkpoint.checksums import CHECKSUMS, write_checksums
 from hfcompress.checkpoint.describe import describe
-from hfcompress.checkpoint.quantizer import check_layer, forget_reading  # this import registers the loader
+from hfcompress.checkpoint.quantizer import cast_dense, check_layer, forget_reading  # this import registers the loader
 from hfcompress.checkpoint.writing import written
 from hfcompress.layers import holds_codes
 from hfcompress.layers.bitsandbytes import forget_compute_dtype, frozen
@@ -38,13 +39,21 @@ def load(task: Any, folder: str | Path, **kwargs: Any) -> Any:
     return task.load_model(str(folder), **kwargs)
 
 
-def complete(model: Any, folder: str | Path) -> None:
-    """What `from_pretrained` leaves undone: low-bit layers are checked and frozen, and an adapter in the folder is put on."""
-    for name, module in model.named_modules():
-        if holds_codes(module):
-            check_layer(name, module)
-            forget_compute_dtype(module, model.dtype)
-            frozen(module)
+def complete(model: Any, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """What `from_pretrained` leaves undone: low-bit layers are checked and frozen, dense ones beside them get the dtype that
+    was asked for, and an adapter in the folder is put on.
+
+    Of a plain bitsandbytes checkpoint, transformers 5.23 casts biases and leaves weights as they are stored: no forward runs.
+    """
+    stored, coded = model.dtype, [(name, module) for name, module in model.named_modules() if holds_codes(module)]
+    for name, module in coded:
+        check_layer(name, module)
+        forget_compute_dtype(module, stored)
+        frozen(module)
+    if coded and dtype is not None:
+        for name, parameter in model.named_parameters():
+            cast_dense(model, name, parameter, dtype)
+        model.config.dtype = dtype
     if (Path(folder) / ADAPTER).is_dir():
         conversions = getattr(model, "_weight_conversions", None)
         model.load_adapter(str(Path(folder) / ADAPTER))

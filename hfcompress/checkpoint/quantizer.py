@@ -101,10 +101,7 @@ class HfcompressQuantizer(HfQuantizer):
             model.is_loaded_in_4bit = any(kind_of(module) == "linear_4bit" for module in coded)
             model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
         for name, parameter in model.named_parameters():
-            dtype = self._dtypes.get(name, parameter.dtype)
-            dtype = torch.float32 if kept_in_float32(model, name, dtype) else dtype
-            if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+            cast_dense(model, name, parameter, self._dtypes.get(name, parameter.dtype))
         forget_reading(model)
         return model
 
@@ -170,6 +167,13 @@ def check_types(model: nn.Module) -> None:
         for leaf, parameter in module.named_parameters(recurse=False):
             if not parameter.is_floating_point() and not (leaf == "weight" and holds_codes(module)):
                 raise _damaged(f"{owner}.{leaf}", f"it holds {str(parameter.dtype).removeprefix('torch.')} where floats belong")
+
+
+def cast_dense(model: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Cast a parameter that is not codes, in place, as transformers casts while it loads: some kinds stay in float32."""
+    dtype = torch.float32 if kept_in_float32(model, name, dtype) else dtype
+    if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype != dtype:
+        parameter.data = parameter.data.to(dtype)
 
 
 def missing(model: nn.Module) -> list[str]:

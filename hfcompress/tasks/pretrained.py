@@ -139,7 +139,7 @@ def open_model(
         )
     if gguf:
         _forget_gguf(model)
-    complete(model, where)
+    complete(model, where, getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
     is_placed = {**asked, **kwargs}.get("device_map") is not None
     if not is_placed and not any(parameter.is_meta for parameter in model.parameters()):
         model.to(place)
