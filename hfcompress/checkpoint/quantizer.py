@@ -14,7 +14,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.checkpoint.errors import INSTALL, CompressionError, shown
 from hfcompress.checkpoint.structure import FORMAT, Structure, kept_in_float32, name_in, rebuild
 from hfcompress.layers import KINDS, holds_codes, kind_of, stands_in
 from hfcompress.layers.bitsandbytes import frozen
@@ -31,7 +31,7 @@ class HfcompressConfig(QuantizationConfigMixin):
         if format != FORMAT:
             raise CompressionError(
                 f"config.json: hfcompress format {shown(format)}; this version reads format {FORMAT}; "
-                f"upgrade with pip install -U hfcompress."
+                f"get a newer hfcompress, which {INSTALL}."
             )
         if not isinstance(self.modules, dict) or not all(isinstance(edit, dict) for edit in self.modules.values()):
             raise CompressionError(
@@ -40,7 +40,7 @@ class HfcompressConfig(QuantizationConfigMixin):
         if unknown:
             raise CompressionError(
                 f"config.json: unknown keys {shown(', '.join(sorted(unknown)))} in quantization_config; possible are format "
-                f"and modules; upgrade with pip install -U hfcompress."
+                f"and modules; get a newer hfcompress, which {INSTALL}."
             )
 
     def to_dict(self) -> dict[str, Any]:

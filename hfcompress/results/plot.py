@@ -32,7 +32,7 @@ def plot(report: Report, path: str | Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CompressionError("plot: matplotlib is not installed; install hfcompress[plots].") from error
+        raise CompressionError("plot: matplotlib is not installed; get it with: pip install matplotlib") from error
     if not report.rows:
         raise CompressionError("plot: the report has no rows; measure a model and add its row first.")
     last = report.rows[-1]
