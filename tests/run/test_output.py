@@ -416,6 +416,40 @@ def test_what_missed_its_goal_is_not_pushed_unless_asked(place: Path, hub: HubSe
     assert str(place) not in there and "missed" in there
 
 
+def test_a_finished_run_is_judged_and_pushed_anew_without_computing(
+    place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place / "out"
+    compress(recipe(place, goal={"smaller": 3}), out)
+    before = {name: (out / name).read_bytes() for name in ("model.safetensors", "report.png")}
+    monkeypatch.setattr(loop, "_compress", lambda *_: pytest.fail("it was computed again"))
+    chosen, lines = recipe(place, goal={"smaller": 0.5}, push_to="me/small", output_dir=str(out)), []
+    report = compress(chosen, out, tell=lines.append)
+    assert lines == [
+        f"{out} holds the finished result of this recipe, with another goal and push_to and output_dir; --overwrite runs it again",
+        "pushing to me/small",
+        f"{hub.endpoint}/me/small",
+    ]
+    assert report.check_goal(chosen.goal_parts) == [] and report.goal == chosen.goal_parts
+    assert hub.files("me/small")["model.safetensors"] == before["model.safetensors"]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert (out / "recipe.yaml").read_text() == chosen.to_yaml()
+    card = (out / "README.md").read_text()
+    assert "## Goal\n\n- smaller 0.5: met" in card and "missed" not in card
+    assert loop.Report.load(out / "report.json").goal == chosen.goal_parts
+    compress(chosen, out, tell=lines.append)
+    assert lines[3:] == [
+        f"{out} holds the finished result of this very recipe; --overwrite runs it again", "me/small holds it already"
+    ]  # fmt: skip
+    compress(recipe(place, goal={"smaller": 3}, push_to="me/other"), out, tell=lines.append)
+    assert lines[-1].startswith("not pushed to me/other, as the goal was missed (") and "me/other" not in hub.repos
+    told = refused(place, out, seed=7)
+    assert (
+        told
+        == f"output_dir '{out}': something else lies there; choose another output_dir=..., or pass --overwrite to replace it."
+    )
+
+
 def test_an_interrupted_push_is_made_up_by_the_same_command(place: Path, hub: HubServer) -> None:
     chosen, lines = recipe(place, goal={"smaller": 0.5}, push_to="me/small"), []
     hub.fail_uploads = True
