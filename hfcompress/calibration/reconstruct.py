@@ -166,17 +166,17 @@ def _divided(left: Tensor, moments: Tensor, damping: float) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], undo: Undo | None = None) -> list[Tensor]:
-    """Fold what doomed units always say into the bias that follows; which ones these were, of the shape of the units. Their
+def fold_constants(model: Any, all_units: list[Units], pruned: list[Tensor], undo: Undo | None = None) -> list[Tensor]:
+    """Fold what pruned units always say into the bias that follows; which ones these were, of the shape of the units. Their
     columns are zero afterwards.
 
     A neuron whose weights are all zero still speaks if it has a bias: W act(b) is then a constant, and cutting it is exact if
     the next bias takes it over. The constant is read off a forward of random inputs, so that no activation need be known.
     """
     undo = undo or Undo()
-    folded = [torch.zeros_like(some) for some in doomed]
+    folded = [torch.zeros_like(some) for some in pruned]
     found: dict[tuple[int, int], list[Tensor]] = {}
-    for number, (units, some) in enumerate(zip(all_units, doomed, strict=True)):
+    for number, (units, some) in enumerate(zip(all_units, pruned, strict=True)):
         if units.kind == "neurons" and units.lanes == 1 and _can_fold(model, units):
             folded[number] = some & _weightless(model, units)
     if not any(some.any() for some in folded):
@@ -196,7 +196,7 @@ def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], und
         with evaluating(model):
             model(**example(model))
     except Exception:  # inputs that only its own processor can make
-        return [torch.zeros_like(some) for some in doomed]
+        return [torch.zeros_like(some) for some in pruned]
     finally:
         for handle in handles:
             handle.remove()
