@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from hfcompress.run.recipe import shipped_recipes
 from tests.results.hub_server import WRITE, HubServer
@@ -16,6 +20,37 @@ from tests.run.test_run import recipe
 from tests.tiny import tiny_checkpoint, tiny_texts
 
 ROOT = Path(__file__).parent.parent
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
+ASKED = {"matplotlib", "PIL"}
+"""What is imported where it is there, from an extra."""
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+
+
+def test_whatever_is_imported_is_a_dependency() -> None:
+    roots: set[str] = set()
+    for path in (ROOT / "hfcompress").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                roots.add(node.module.partition(".")[0])
+    others = roots - set(sys.stdlib_module_names) - {"hfcompress"} - ASKED
+    assert {"torch", "filelock", "pandas"} <= others
+    assert {DISTRIBUTIONS.get(name, name) for name in others} <= {line.name for line in NEEDED}
+
+
+def test_no_version_is_claimed_that_was_not_run() -> None:
+    """The least version of each is the pinned one, without its last number."""
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    extras = [Requirement(line) for name in ("plots", "llm-demo", "vision") for line in PROJECT["optional-dependencies"][name]]
+    assert len(NEEDED) > 10 and len(extras) == 3
+    for line in (*NEEDED, *extras):
+        (least,) = re.fullmatch(r">=([\d.]+)", str(line.specifier)).groups()  # type: ignore[union-attr]
+        assert f"{pinned[line.name]}.".startswith(f"{least}."), line
+    assert PROJECT["requires-python"] == ">=3.11" and "on Python 3.11" in (ROOT / "constraints.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +81,7 @@ def test_an_installed_wheel_knows_its_recipes_outside_the_checkout(wheel: Path, 
     where = "import hfcompress, hfcompress.run.recipe as r; print(hfcompress.__file__); print(r.find_recipe('quickstart'))"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     told = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env).stdout
-    assert all(line.startswith(str(tmp_path / "site")) for line in told.split())
+    assert len(told.split()) == 2 and all(line.startswith(str(tmp_path / "site")) for line in told.split())
 
 
 def test_importing_adds_under_a_second_to_importing_transformers() -> None:

@@ -18,6 +18,7 @@ from hfcompress.calibration.batches import MakeBatches, evaluating
 from hfcompress.calibration.layerwise import layerwise
 from hfcompress.calibration.processes import agreed
 from hfcompress.calibration.second_moments import DAMPING, Moments, Projection
+from hfcompress.checkpoint.writing import written
 from hfcompress.surgery.units.spans import Span, Units, channel_axis
 from hfcompress.surgery.units.specimens.inputs import example
 
@@ -48,7 +49,9 @@ class Undo:
             yield
         finally:
             for tensor, old in zip(given, before, strict=True):
-                save_file({"old": old.contiguous(), "new": tensor.detach().cpu().contiguous()}, self._file(len(self._changed)))
+                both = {"old": old.contiguous(), "new": tensor.detach().cpu().contiguous()}
+                with written(self._folder.name, "what was before a repair"):
+                    save_file(both, self._file(len(self._changed)))
                 self._changed.append(tensor)
 
     def undo(self) -> None:
@@ -128,18 +131,16 @@ def _leave(span: Span, why: str) -> None:
 
 def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments, damping: float) -> Repaired:
     """Write into the columns that stay of a lane (..., columns), and into its bias."""
-    weight = lane.flatten(0, -2).double()
-    columns = columns.to(weight.device)
-    gone = torch.ones(weight.shape[-1], dtype=torch.bool, device=weight.device).index_fill_(0, columns, False)
-    square, mean = moments.square(about_mean=bias is not None), moments.mean
-    lost = weight[:, gone]
-    power, before = _mean_square(weight, square), _mean_square(lost, square[gone][:, gone])
-    if bias is not None:  # both are told about zero
-        power, before = power + (weight @ mean).square().sum(), before + (lost @ mean[gone]).square().sum()
-    zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
-    more = _divided(rz, zz, damping)
-    after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
-    lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
+    columns, about_mean = columns.to(lane.device), bias is not None
+    gone = torch.ones(lane.shape[-1], dtype=torch.bool, device=lane.device).index_fill_(0, columns, False).nonzero().flatten()
+    power, mean = moments.mean_square(lane.flatten(0, -2).double()), moments.mean.double()
+    lost = lane[..., gone].flatten(0, -2).double()
+    rest = _mean_square(lost, moments.block(gone, gone, about_mean))
+    before = rest + (lost @ mean[gone]).square().sum() if about_mean else rest  # told about zero, as the power is
+    rz = lost @ moments.block(gone, columns, about_mean)
+    more, moved = _divided(rz, moments.block(columns, columns, about_mean, last=True), damping)
+    after = rest - 2 * (more * rz).sum() + moved
+    lane[..., columns] = (lane[..., columns].flatten(0, -2).double() + more).to(lane).reshape(*lane.shape[:-1], -1)
     lane[..., gone] = 0.0
     if bias is not None:
         bias.data += (lost @ mean[gone] - more @ mean[columns]).to(bias)
@@ -152,28 +153,30 @@ def _mean_square(weight: Tensor, square: Tensor) -> Tensor:
     return (weight * (weight @ square)).sum()
 
 
-def _divided(left: Tensor, moments: Tensor, damping: float) -> Tensor:
-    """left (moments + ridge)^-1, for (out, k) and (k, k)."""
+def _divided(left: Tensor, moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """D = left (moments + ridge)^-1, for (out, k) and (k, k), which is overwritten; and tr D moments D^T."""
     ridge = damping * moments.diagonal().mean()
-    damped = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not factor.isfinite().all():  # columns that say the same, and no ridge: the least of all solutions
-        return left @ torch.linalg.pinv(damped, hermitian=True)
-    return torch.cholesky_solve(left.T, factor).T
+    moments.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(moments)
+    if int(failed) or not factor.diagonal().isfinite().all():  # columns that say the same, and no ridge: the least solution
+        found = left @ torch.linalg.pinv(moments, hermitian=True)
+        return found, _mean_square(found, moments) - ridge * found.square().sum()
+    found = torch.cholesky_solve(left.T, factor).T
+    return found, (found @ factor).square().sum() - ridge * found.square().sum()
 
 
 @torch.no_grad()
-def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], undo: Undo | None = None) -> list[Tensor]:
-    """Fold what doomed units always say into the bias that follows; which ones these were, of the shape of the units. Their
+def fold_constants(model: Any, all_units: list[Units], pruned: list[Tensor], undo: Undo | None = None) -> list[Tensor]:
+    """Fold what pruned units always say into the bias that follows; which ones these were, of the shape of the units. Their
     columns are zero afterwards.
 
     A neuron whose weights are all zero still speaks if it has a bias: W act(b) is then a constant, and cutting it is exact if
     the next bias takes it over. The constant is read off a forward of random inputs, so that no activation need be known.
     """
     undo = undo or Undo()
-    folded = [torch.zeros_like(some) for some in doomed]
+    folded = [torch.zeros_like(some) for some in pruned]
     found: dict[tuple[int, int], list[Tensor]] = {}
-    for number, (units, some) in enumerate(zip(all_units, doomed, strict=True)):
+    for number, (units, some) in enumerate(zip(all_units, pruned, strict=True)):
         if units.kind == "neurons" and units.lanes == 1 and _can_fold(model, units):
             folded[number] = some & _weightless(model, units)
     if not any(some.any() for some in folded):
@@ -193,7 +196,7 @@ def fold_constants(model: Any, all_units: list[Units], doomed: list[Tensor], und
         with evaluating(model):
             model(**example(model))
     except Exception:  # inputs that only its own processor can make
-        return [torch.zeros_like(some) for some in doomed]
+        return [torch.zeros_like(some) for some in pruned]
     finally:
         for handle in handles:
             handle.remove()

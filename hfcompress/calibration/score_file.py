@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.writing import written
 from hfcompress.surgery.units.spans import Units
 
 FORMAT = "1"
@@ -37,7 +38,8 @@ def save_scores(path: str, model: Any, all_units: list[Units], scores: list[Tens
         return
     told = {"format": FORMAT, "model_type": model.config.model_type, "kind": all_units[0].kind, **about}
     tensors = {units.output: values.contiguous() for units, values in zip(all_units, scores, strict=True)}
-    save_file(tensors, path, metadata={key: str(value) for key, value in told.items()})
+    with written(path, "the scores"):
+        save_file(tensors, path, metadata={key: str(value) for key, value in told.items()})
 
 
 def saved_scores(path: str, model: Any, all_units: list[Units]) -> list[Tensor]:

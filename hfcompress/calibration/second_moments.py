@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,42 +16,78 @@ DAMPING = 0.01
 """The ridge, as a share of the mean of the diagonal of the second moments: SparseGPT's (arXiv 2301.00774)."""
 
 
+PANEL = 1024
+"""Columns that are summed at a time, and tokens: what a sum needs beside the sums themselves is small."""
+
+
 @dataclass
 class Moments:
     """Of what one projection reads, x (columns,), over all tokens, padding excluded; float64.
 
-    Sums are about the mean of the first tokens, as columns that hardly vary would else drown in their own square.
+    Sums are about the mean of the first tokens, as columns that hardly vary would else drown in their own square. Of the
+    squares, which are symmetric, the upper triangle is kept: panel p is (columns up to its last, its own columns).
     """
 
     tokens: int = 0
     origin: Any = 0.0
     total: Any = 0.0
-    total_square: Any = 0.0
+    panels: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor) -> None:
         """`x`: (tokens, columns); no tokens make zeros."""
-        x = x if x.dtype == torch.float64 else x.float()
-        if not isinstance(self.total_square, Tensor):
+        for rows in x.split(PANEL):
+            self._add(rows if x.dtype == torch.float64 else rows.float())
+
+    def _add(self, x: Tensor) -> None:
+        if not isinstance(self.total, Tensor):
+            self.total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+            ends = [min(start + PANEL, x.shape[1]) for start in range(0, x.shape[1], PANEL)]
+            self.panels = [self.total.new_zeros(end, end - start) for start, end in zip([0, *ends], ends, strict=False)]
+        if not self.tokens:
             self.origin = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
-            self.total = torch.zeros_like(self.origin, dtype=torch.float64)
-            self.total_square = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-        elif not self.tokens:
-            self.origin = x.mean(0) if len(x) else self.origin
         self.tokens += len(x)
         x = x - self.origin
         self.total += x.sum(0)
-        self.total_square += x.T @ x
+        for panel in self.panels:
+            upper = x[:, : len(panel)]
+            panel += upper.T @ upper[:, -panel.shape[1] :]
 
     @property
     def mean(self) -> Any:
         """(columns,)"""
         return self.origin + self.total / max(self.tokens, 1)
 
-    def square(self, about_mean: bool) -> Any:
+    def square(self, about_mean: bool) -> Tensor:
         """(columns, columns): mean x x^T, about the means where a bias can take these over."""
-        off, found = self.total / max(self.tokens, 1), self.total_square / max(self.tokens, 1)
-        found.addr_(off, off, alpha=-1)
-        return found if about_mean else found.addr_(self.mean, self.mean)
+        every = torch.arange(len(self.total), device=self.total.device)
+        return self.block(every, every, about_mean)
+
+    def block(self, rows: Tensor, columns: Tensor, about_mean: bool, last: bool = False) -> Tensor:
+        """(rows, columns): these entries of `square`. `last`: the sums are not needed any more, and give their memory back
+        one by one."""
+        found = self.total.new_zeros(len(rows), len(columns))
+        for number, panel in enumerate(self.panels):
+            end, width = panel.shape
+            start = end - width
+            down, across = (rows < end).nonzero(), ((columns >= start) & (columns < end)).nonzero().flatten()
+            found[down, across] = panel[rows[down], columns[across] - start]
+            down, across = ((rows >= start) & (rows < end)).nonzero(), (columns < start).nonzero().flatten()
+            found[down, across] = panel[columns[across], rows[down] - start]
+            if last:
+                self.panels[number] = panel.new_zeros(0, 0)
+        off = self.total / max(self.tokens, 1)
+        found.div_(max(self.tokens, 1)).addr_(off[rows], off[columns], alpha=-1)
+        return found if about_mean else found.addr_(self.mean[rows].to(found), self.mean[columns].to(found))
+
+    def mean_square(self, weight: Tensor) -> Tensor:
+        """mean |W x|^2, for W (out, columns) in float64."""
+        found, off = self.total.new_zeros(()), self.total / max(self.tokens, 1)
+        for panel in self.panels:
+            end, width = panel.shape
+            start = end - width
+            own = weight[:, start:end]
+            found += 2 * (own * (weight[:, :start] @ panel[:start])).sum() + (own * (own @ panel[start:])).sum()
+        return found / max(self.tokens, 1) - (weight @ off).square().sum() + (weight @ self.mean.double()).square().sum()
 
 
 @dataclass(frozen=True)

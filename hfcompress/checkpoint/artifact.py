@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from transformers.utils import logging
 
 from hfcompress.checkpoint.checksums import CHECKSUMS, write_checksums
 from hfcompress.checkpoint.describe import describe
-from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.checkpoint.quantizer import check_layer, forget_reading  # this import registers the loader
+from hfcompress.checkpoint.quantizer import cast_dense, check_layer, forget_reading  # this import registers the loader
+from hfcompress.checkpoint.writing import written
 from hfcompress.layers import holds_codes, prepare
 from hfcompress.layers.bitsandbytes import forget_compute_dtype
 
@@ -23,7 +23,7 @@ ADAPTER = "adapter"
 def save(model: Any, processor: Any, folder: str | Path) -> None:
     """Write config.json (with the structure), the weights, an adapter that was kept, the tokenizer or processor, checksums."""
     model, folder = getattr(model, "_orig_mod", model), Path(folder)
-    with _written(folder), without_bars():
+    with written(folder, "the model"), without_bars():
         (folder / CHECKSUMS).unlink(missing_ok=True)
         with _without_adapter(model, folder / ADAPTER):
             describe(model)
@@ -39,13 +39,21 @@ def load(task: Any, folder: str | Path, **kwargs: Any) -> Any:
     return task.load_model(str(folder), **kwargs)
 
 
-def complete(model: Any, folder: str | Path) -> None:
-    """What `from_pretrained` leaves undone: low-bit layers are checked and frozen, and an adapter in the folder is put on."""
-    for name, module in model.named_modules():
-        if holds_codes(module):
-            check_layer(name, module)
-            forget_compute_dtype(module, model.dtype)
-            prepare(module)
+def complete(model: Any, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """What `from_pretrained` leaves undone: low-bit layers are checked and frozen, dense ones beside them get the dtype that
+    was asked for, and an adapter in the folder is put on.
+
+    Of a plain bitsandbytes checkpoint, transformers 5.23 casts biases and leaves weights as they are stored: no forward runs.
+    """
+    stored, coded = model.dtype, [(name, module) for name, module in model.named_modules() if holds_codes(module)]
+    for name, module in coded:
+        check_layer(name, module)
+        forget_compute_dtype(module, stored)
+        prepare(module)
+    if coded and dtype is not None:
+        for name, parameter in model.named_parameters():
+            cast_dense(model, name, parameter, dtype)
+        model.config.dtype = dtype
     if (Path(folder) / ADAPTER).is_dir():
         conversions = getattr(model, "_weight_conversions", None)
         model.load_adapter(str(Path(folder) / ADAPTER))
@@ -62,22 +70,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """What the system refuses to write, a full disk or a limit on the size of files, told as a sentence."""
-    try:
-        yield
-    except Exception as error:
-        # The writers in Rust have errors of their own, the tokenizers' is a plain Exception: they tell the system's number.
-        if not isinstance(error, OSError | SafetensorError) and "(os error" not in str(error):
-            raise
-        said = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise CompressionError(
-            f"{folder}: the model can't be written there ({said}); free some space or choose another place, then do the same "
-            f"again: a run goes on after its last finished step."
-        ) from error
 
 
 @contextmanager

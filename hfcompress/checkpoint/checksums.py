@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.checkpoint.errors import CompressionError, first_line, shown
+from hfcompress.checkpoint.writing import write_text
 
 CHECKSUMS = "checksums.json"
 # Of config.json, what may be edited later without making another model of it.
@@ -18,7 +19,7 @@ def write_checksums(folder: Path) -> None:
     """Note the SHA-256 of every file of weights, and of what config.json says about the computation."""
     files = {name: _of_file(folder / name) for name in _weights(folder)}
     told = {"algorithm": "sha256", "config": _of_config(read_json(folder / "config.json")), "files": files}
-    (folder / CHECKSUMS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / CHECKSUMS, json.dumps(told, indent=2) + "\n", "the checksums")
 
 
 def check_checksums(folder: Path) -> bool:
@@ -45,9 +46,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        said = (str(error).splitlines() or [""])[0]
         raise CompressionError(
-            f"{path}: it can't be read ({shown(said)}); download it again, or save the model again."
+            f"{path}: it can't be read ({shown(first_line(error))}); download it again, or save the model again."
         ) from error
     if not isinstance(told, dict):
         raise CompressionError(f"{path}: it holds {shown(told)}, not a mapping; download it again, or save the model again.")

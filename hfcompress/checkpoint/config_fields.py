@@ -14,10 +14,15 @@ _HEADS = {"num_attention_heads": "query", "num_heads": "query", "num_key_value_h
 
 def parts(config: Any) -> Iterator[Any]:
     """The config and those within it, of a text or a vision model."""
-    yield config
-    for value in vars(config).values():
+    yield from (part for _, part in parts_by_path(config))
+
+
+def parts_by_path(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """A config and every config inside it, each with the way to it."""
+    yield path, config
+    for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from parts(value)
+            yield from parts_by_path(value, (*path, key))
 
 
 def changes(config: Any, resized: list[tuple[int, int]]) -> Iterator[tuple[Any, dict[str, int]]]:

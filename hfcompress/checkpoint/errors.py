@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+INSTALL = "is on no package index yet: run `pip install .` in a checkout of its repository"
+"""How to get hfcompress: cards and errors say it in these words, and it is written here alone."""
+
 
 class CompressionError(ValueError):
     """Something the user can mend. The message says where, what was written, what is possible and what to do."""

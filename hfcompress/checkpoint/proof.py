@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hfcompress.checkpoint.checksums import read_json
 from hfcompress.checkpoint.errors import CompressionError, shown
 from hfcompress.checkpoint.fingerprints import differing, fingerprints
+from hfcompress.checkpoint.writing import written
 
 # The largest difference of logits, as a share of how far they spread. One device, the same kernels: what is left is the order
 # of sums. Logits of half precision can't show every wrong layer, so the tensors are compared as well: a load rounds at most.
@@ -116,7 +117,8 @@ def _loaded(
     adapter = Path(folder).absolute() / "adapter"
     with tempfile.TemporaryDirectory() as scratch:
         tensors = Path(scratch) / "tensors.safetensors"
-        save_file({key: value.contiguous() for key, value in inputs.items()}, tensors)
+        with written(scratch, "what a proof computes with"):
+            save_file({key: value.contiguous() for key, value in inputs.items()}, tensors)
         given = [Path(folder).absolute(), tensors, needed_import(folder), device]
         given += [getattr(model.config, "_attn_implementation", None) or "", torch.get_num_threads()]
         given += [adapter if adapter.is_dir() else "", Path(__file__).parents[2]]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.checkpoint.errors import INSTALL, CompressionError, shown
 from hfcompress.checkpoint.structure import FORMAT, Structure, kept_in_float32, name_in, rebuild
 from hfcompress.layers import KINDS, holds_codes, kind_of, prepare, stands_in
 
@@ -30,7 +30,7 @@ class HfcompressConfig(QuantizationConfigMixin):
         if format != FORMAT:
             raise CompressionError(
                 f"config.json: hfcompress format {shown(format)}; this version reads format {FORMAT}; "
-                f"upgrade with pip install -U hfcompress."
+                f"get a newer hfcompress, which {INSTALL}."
             )
         if not isinstance(self.modules, dict) or not all(isinstance(edit, dict) for edit in self.modules.values()):
             raise CompressionError(
@@ -39,7 +39,7 @@ class HfcompressConfig(QuantizationConfigMixin):
         if unknown:
             raise CompressionError(
                 f"config.json: unknown keys {shown(', '.join(sorted(unknown)))} in quantization_config; possible are format "
-                f"and modules; upgrade with pip install -U hfcompress."
+                f"and modules; get a newer hfcompress, which {INSTALL}."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,10 +100,7 @@ class HfcompressQuantizer(HfQuantizer):
             model.is_loaded_in_4bit = any(kind_of(module) == "linear_4bit" for module in coded)
             model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
         for name, parameter in model.named_parameters():
-            dtype = self._dtypes.get(name, parameter.dtype)
-            dtype = torch.float32 if kept_in_float32(model, name, dtype) else dtype
-            if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+            cast_dense(model, name, parameter, self._dtypes.get(name, parameter.dtype))
         forget_reading(model)
         return model
 
@@ -175,6 +172,13 @@ def check_types(model: nn.Module) -> None:
         for leaf, parameter in module.named_parameters(recurse=False):
             if not parameter.is_floating_point() and not (leaf == "weight" and holds_codes(module)):
                 raise _damaged(f"{owner}.{leaf}", f"it holds {str(parameter.dtype).removeprefix('torch.')} where floats belong")
+
+
+def cast_dense(model: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Cast a parameter that is not codes, in place, as transformers casts while it loads: some kinds stay in float32."""
+    dtype = torch.float32 if kept_in_float32(model, name, dtype) else dtype
+    if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype != dtype:
+        parameter.data = parameter.data.to(dtype)
 
 
 def missing(model: nn.Module) -> list[str]:

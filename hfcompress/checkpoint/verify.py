@@ -9,7 +9,7 @@ import transformers
 
 from hfcompress.checkpoint.artifact import without_bars
 from hfcompress.checkpoint.checksums import check_checksums, read_json
-from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.checkpoint.errors import CompressionError, first_line, shown
 from hfcompress.checkpoint.quantizer import check_layer, check_types
 
 
@@ -49,8 +49,7 @@ def _loaded(auto: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     except CompressionError:
         raise
     except Exception as error:  # transformers, safetensors and torch have errors of their own for what they can't load
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise _wrong(folder, f"it can't be loaded: {shown(said)}") from error
+        raise _wrong(folder, f"it can't be loaded: {shown(first_line(error))}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from hfcompress.calibration.processes import processes
 from hfcompress.calibration.progress import progress
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.writing import write_text, written
 from hfcompress.distillation import losses
 from hfcompress.distillation.batch import CachedAnswers
 from hfcompress.distillation.losses import IGNORED
@@ -134,7 +135,8 @@ class TeacherCache:
         state, number = processes(), 0
         state.wait_for_everyone()  # who looks whether there is a record must not find one just begun
         if state.is_main_process:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with written(self._folder, "a record of the teacher"):
+                self._folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest({})
         state.wait_for_everyone()
         bar = progress(what="recording the teacher", shown=state.is_main_process)
@@ -144,8 +146,12 @@ class TeacherCache:
                 rows = [self._rows(batch, answer, model) for batch in group]
                 whole = {name: torch.cat([one[name] for one in rows]) for name in rows[0]}
                 unfinished = path.with_suffix(f".{uuid4().hex}.partial")  # another run may be recording the same
-                save_file(whole, unfinished)
-                unfinished.rename(path)
+                with written(path, "the teacher's answers"):
+                    try:
+                        save_file(whole, unfinished)
+                        unfinished.rename(path)
+                    finally:
+                        unfinished.unlink(missing_ok=True)
             bar.update(len(group))
             number += 1
         bar.close()
@@ -250,9 +256,8 @@ class TeacherCache:
         return self._folder / f"signals-{number:05d}.safetensors"
 
     def _write_manifest(self, more: dict[str, Any]) -> None:
-        unfinished = self._folder / f"manifest.{uuid4().hex}.partial"
-        unfinished.write_text(json.dumps({**self._plan, **more}, indent=2) + "\n", encoding="utf-8")
-        unfinished.rename(self._folder / "manifest.json")
+        text = json.dumps({**self._plan, **more}, indent=2)
+        write_text(self._folder / "manifest.json", f"{text}\n", "the record of the teacher")
 
     def _refuse(self, what: str, mend: str) -> NoReturn:
         raise CompressionError(f"distill: cache {str(self._folder)!r} {what}; {mend}.")

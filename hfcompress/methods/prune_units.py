@@ -1,4 +1,4 @@
-"""What prune_heads and prune_neurons share: score the units, choose, let the doomed fade, cut them out."""
+"""What prune_heads and prune_neurons share: score the units, choose, let the pruned fade, cut them out."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class UnitPruning(Method):
     iterations: int = Field(
         1, ge=1, description="Cut in so many equal parts, and score what is left again after each; under train, while it fades."
     )
-    warmup: float = Field(0.0, ge=0, lt=1, description="Under train: the share of the steps before doomed units begin to fade.")
+    warmup: float = Field(0.0, ge=0, lt=1, description="Under train: the share of the steps before pruned units begin to fade.")
     fade: float = Field(
         0.3, gt=0, le=1, description="Under train: the share of the steps by which they are gone (cubic); the rest cools down."
     )
@@ -166,9 +166,9 @@ class UnitPruning(Method):
         fading, undo, part = Fading(model, all_units), Undo(), 1
 
         def choose() -> None:
-            fading.doom(named or chosen(all_units, values, self._target(part), fading.staying))
+            fading.prune(named or chosen(all_units, values, self._target(part), fading.staying))
             if not self.repair:  # which takes the means over anyway
-                fading.silence(fold_constants(model, all_units, fading.doomed, undo))
+                fading.silence(fold_constants(model, all_units, fading.pruned, undo))
 
         def reach(wanted: int) -> None:
             nonlocal part, values
@@ -186,7 +186,7 @@ class UnitPruning(Method):
             choose()
             if self.repair:
                 reach(self.iterations)
-                fading.silence(fading.doomed)
+                fading.silence(fading.pruned)
                 repair(model, all_units, fading.kept, batches, self.damping, undo)
             yield tick
             for units, keep in zip(all_units, fading.kept, strict=True):

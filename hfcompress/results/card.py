@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.writing import written
 from hfcompress.results.load_snippet import SNIPPET_END, SNIPPET_START, fenced, load_section
 
 ABSOLUTE = re.compile(r"/|~|file:|\\\\|[A-Za-z]:[/\\]")
@@ -130,7 +131,8 @@ def write_card(
         fenced("yaml", _without_paths(recipe_text).strip()),
     ]
     text = "\n\n".join(part for part in body if part)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
+    with written(folder / "README.md", "the model card"):
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
 
 
 def _metadata(

@@ -10,10 +10,9 @@ from typing import Any
 import transformers
 from transformers.models.auto import modeling_auto
 
-SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompress: end -->"
+from hfcompress.checkpoint.errors import INSTALL
 
-INSTALL = "is on no package index yet: run `pip install .` in a checkout of its repository"
-"""How to get hfcompress. Cards say it, and nothing else does."""
+SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompress: end -->"
 
 
 def load_section(folder: Path, name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.writing import written
 from hfcompress.results.measure import Row
 from hfcompress.results.ratios import speed
 from hfcompress.results.table import shortened
@@ -25,13 +26,13 @@ def plot(report: Report, path: str | Path) -> None:
     """Write a PNG: the headline score against megabytes, and against the least time of the largest batch.
 
     Points carry the numbers of their rows, a legend below lists the steps.
-    Raises CompressionError without matplotlib or rows.
+    Raises CompressionError without matplotlib or rows, or where it can't be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CompressionError("plot: matplotlib is not installed; install hfcompress[plots].") from error
+        raise CompressionError("plot: matplotlib is not installed; get it with: pip install matplotlib") from error
     if not report.rows:
         raise CompressionError("plot: the report has no rows; measure a model and add its row first.")
     last = report.rows[-1]
@@ -49,7 +50,8 @@ def plot(report: Report, path: str | Path) -> None:
     figure.draw_without_rendering()  # the layout must be settled before free places for numbers can be told
     for axes, found in zip(panels, points, strict=True):
         _number(axes, found)
-    figure.savefig(path, format="png")
+    with written(path, "the plot"):
+        figure.savefig(path, format="png")
 
 
 def _pace(row: Row, report: Report, batch: str) -> float | None:

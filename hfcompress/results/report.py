@@ -6,7 +6,6 @@ Ratios are ratios (4.0 = four times), never percent; scores keep the unit of the
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.writing import write_text
 from hfcompress.results.measure import Row, finite, machine, measure, weigh
 from hfcompress.results.ratios import difference, headlines, slower, speed
 from hfcompress.results.sentences import dtypes_part, helped, missed, paid, verdict
@@ -151,11 +151,9 @@ class Report:
         return report
 
     def save(self, path: str | Path) -> None:
-        """JSON, written whole or not at all."""
+        """JSON, written whole or not at all. CompressionError where it can't be."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        part = Path(path).with_name(Path(path).name + ".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, text + "\n", "the report")
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

@@ -12,10 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint import artifact
-from hfcompress.checkpoint.errors import CompressionError, explained
+from hfcompress.checkpoint.errors import CompressionError, explained, first_line
 from hfcompress.checkpoint.proof import prove
+from hfcompress.checkpoint.writing import write_text
 from hfcompress.results import hub
 from hfcompress.results.card import write_card
 from hfcompress.results.plot import plot
@@ -39,6 +42,9 @@ from hfcompress.tasks import Task
 
 log = logging.getLogger("hfcompress")
 
+AFTERWARDS = ("goal", "push_to", "private", "output_dir")
+"""What a recipe asks of a result when it is there: it changes nothing that is computed."""
+
 
 def compress(
     recipe: Recipe, output_dir: str | Path, overwrite: bool = False, tell: Tell = log.info, push_anyway: bool = False
@@ -46,7 +52,8 @@ def compress(
     """Run a recipe, leave a proven artifact in `output_dir`, and push it where the recipe says so and its goal was met.
 
     A run that was killed goes on after its last finished step when it is started again; the artifact is that of a run that
-    was not. An interrupted push is made up. Under several processes all of them train, and the first one measures and writes.
+    was not. An interrupted push is made up, and a finished one asked for again with another goal or another `push_to` is judged
+    and pushed anew, and not computed. Under several processes all of them train, and the first one measures and writes.
     `push_anyway`: also push what missed the goal.
     """
     out, state = output_folder(output_dir), processes()
@@ -54,9 +61,13 @@ def compress(
     with reserved(out, state.is_main_process), room_on_disk(out):
         now = fingerprints(recipe)
         if not overwrite and (finished := _finished(out, recipe, now)) is not None:
-            tell(f"{out} holds the finished result of this very recipe; --overwrite runs it again")
+            changed = _asked_anew(out, recipe)
+            which = f"this recipe, with another {' and '.join(changed)}" if changed else "this very recipe"
+            tell(f"{out} holds the finished result of {which}; --overwrite runs it again")
             if state.is_main_process:
-                clear_leftovers(out, recipe.to_yaml())
+                clear_leftovers(out, (out / "recipe.yaml").read_text(encoding="utf-8"))
+                if changed:
+                    _write_up(recipe, finished, out)
                 _push(recipe, finished, out, push_anyway, tell, again=True)
             return finished
         check_free(out, overwrite)
@@ -102,9 +113,10 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
 
 
 def _finished(out: Path, recipe: Recipe, now: dict[str, str]) -> Report | None:
-    """The report of a finished run of this very recipe; CompressionError where it has lost files or read something else."""
+    """The report of a finished run of this recipe, whatever its goal and wherever it goes; CompressionError where it has lost
+    files or read something else."""
     told, report = out / "recipe.yaml", out / "report.json"
-    if not told.is_file() or not report.is_file() or told.read_bytes() != recipe.to_yaml().encode():
+    if not told.is_file() or not report.is_file() or not _same_result(told, recipe):
         return None
     if missing := missing_files(out):
         raise CompressionError(
@@ -116,7 +128,28 @@ def _finished(out: Path, recipe: Recipe, now: dict[str, str]) -> Report | None:
             f"{out}: the finished result there was made from another content of {' and '.join(changed)}; pass --overwrite to "
             f"make it anew, or choose another output_dir."
         )
-    return Report.load(report)
+    found = Report.load(report)
+    found.goal = recipe.goal_parts
+    return found
+
+
+def _same_result(told: Path, recipe: Recipe) -> bool:
+    """Whether the recipe of a finished run computes what this one does."""
+    if told.read_bytes() == recipe.to_yaml().encode():
+        return True
+    try:
+        theirs = Recipe.load(str(told))
+    except CompressionError:  # written by hand, or by another version
+        return False
+    one, other = theirs.to_dict(), recipe.to_dict()
+    return all(one.get(key) == other.get(key) for key in {*one, *other} - {*AFTERWARDS})
+
+
+def _asked_anew(out: Path, recipe: Recipe) -> list[str]:
+    """What is asked otherwise of a finished result than when it was made."""
+    theirs = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+    mine = yaml.safe_load(recipe.to_yaml())
+    return [key for key in AFTERWARDS if theirs.get(key) != mine.get(key)]
 
 
 def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[str, str], tell: Tell) -> tuple[Any, Report, int]:
@@ -129,8 +162,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     if done:
         tell(f"going on after step {done}, where an earlier run stopped")
         if state.is_main_process:  # later steps may have been mended
-            (work / "recipe.yaml.part").write_text(recipe.to_yaml(), encoding="utf-8")
-            (work / "recipe.yaml.part").replace(work / "recipe.yaml")
+            write_text(work / "recipe.yaml", recipe.to_yaml(), "the recipe")
         with _going_on(work):
             model = artifact.load(task, work / f"step-{done}")
             if done >= recipe.reference:
@@ -145,8 +177,8 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        (work / INPUTS).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_text(work / INPUTS, json.dumps(now, indent=2) + "\n", "what the run reads")
+        write_text(work / "recipe.yaml", recipe.to_yaml(), "the recipe")
     report = Report(reference=recipe.reference)
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
@@ -184,9 +216,9 @@ def _going_on(work: Path) -> Iterator[None]:
     try:
         yield
     except (CompressionError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CompressionError(
-            f"{work}: the unfinished run there is damaged ({said}); pass --overwrite to begin anew, or remove that folder."
+            f"{work}: the unfinished run there is damaged ({first_line(error)}); pass --overwrite to begin anew, or remove "
+            f"that folder."
         ) from error
 
 
@@ -209,24 +241,29 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
     shutil.rmtree(whole, ignore_errors=True)
     artifact.save(model, task.processor, whole)
     prove(model, task.example(2, min(32, task.example_length)), whole)
-    (whole / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     if (work / INPUTS).is_file():
         shutil.copyfile(work / INPUTS, whole / INPUTS)
-    report.save(whole / "report.json")
     if find_spec("matplotlib"):
         plot(report, whole / "report.png")
     else:
         log.info("no report.png, for want of matplotlib: pip install matplotlib")
+    _write_up(recipe, report, whole)
+    put_in_place(whole, out)
+
+
+def _write_up(recipe: Recipe, report: Report, folder: Path) -> None:
+    """What a folder says of itself; the recipe last, so that it is not taken for done before it is."""
+    report.save(folder / "report.json")
     write_card(
-        whole,
+        folder,
         base_model=recipe.model,
         report=report,
         recipe_text=recipe.to_yaml(),
-        task=task,
+        task=recipe.task,
         tags=[method.tag for method in recipe.methods if method.tag],
         goal=recipe.goal_parts,
     )
-    put_in_place(whole, out)
+    write_text(folder / "recipe.yaml", recipe.to_yaml(), "the recipe")
 
 
 def _push(recipe: Recipe, report: Report, out: Path, anyway: bool, tell: Tell, again: bool = False) -> None:

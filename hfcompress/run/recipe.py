@@ -38,9 +38,13 @@ class Recipe(Fields):
     """A model, a task and a list of steps."""
 
     model: str = Field(min_length=1, description="A Hub id, a folder, a .gguf file, or package://NAME/path.")
-    task: SerializeAsAny[InstanceOf[Task]]
-    steps: tuple[SerializeAsAny[InstanceOf[Step]], ...] = Field(min_length=1)
-    goal: Goal | None = None
+    task: SerializeAsAny[InstanceOf[Task]] = Field(
+        description="The data, how they are batched and scored; its name decides which head the model has."
+    )
+    steps: tuple[SerializeAsAny[InstanceOf[Step]], ...] = Field(
+        min_length=1, description="What is done to the model, in this order: methods, and train with methods that ride along."
+    )
+    goal: Goal | None = Field(None, description="What the last row must reach, or nothing is pushed and the exit code is 3.")
     seed: int = Field(42, ge=0, description="Of data order and dropout, where a train step has no seed of its own.")
     output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
     push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")

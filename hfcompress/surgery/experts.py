@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfcompress.checkpoint.config_fields import parts_by_path
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.surgery.meta_diff import Counter, follow, parts, reloaded, shapes
+from hfcompress.surgery.meta_diff import Counter, follow, reloaded, shapes
 
 _CHOSEN = re.compile(r"experts?_per_tok|^(moe_|router_)?top_?k(_experts)?$|^moe_k$|num_selected_experts")
 _GROUPS = re.compile(r"^(n_group|num_expert_groups?|n_groups|moe_n_group)$")
@@ -117,7 +118,7 @@ def magnitude(model: nn.Module, experts: Mixtures) -> list[Tensor]:
 
 def _counters(config: Any) -> Iterator[tuple[Counter, int]]:
     """Every field that may count experts."""
-    for path, part in parts(config):
+    for path, part in parts_by_path(config):
         for key, value in vars(part).items():
             if type(value) is int and value > 1 and key.endswith("experts") and "shared" not in key:
                 yield Counter(path, key), value

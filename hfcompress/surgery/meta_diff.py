@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from hfcompress.checkpoint.config_fields import parts_by_path
 from hfcompress.checkpoint.structure import twin
 
 # What single layers have of their own, by their numbers; which layers' outputs a backbone gives.
@@ -47,21 +48,13 @@ class Counter:
 def counters(config: Any, count: int, word: str) -> list[Counter]:
     """Every place that holds this count: fields first, and of these the ones named after what is counted."""
     found = []
-    for path, part in parts(config):
+    for path, part in parts_by_path(config):
         for key, value in vars(part).items():
             if type(value) is int and value == count:
                 found.append(Counter(path, key))
             elif isinstance(value, list | tuple) and not key.startswith("_"):
                 found += [Counter(path, key, i) for i, entry in enumerate(value) if type(entry) is int and entry == count]
     return sorted(found, key=lambda one: (one.index is not None, word not in one.key))
-
-
-def parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """A config and every config inside it, each with the way to it."""
-    yield path, config
-    for key, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from parts(value, (*path, key))
 
 
 def reloaded(model: nn.Module, config: Any) -> nn.Module:

@@ -69,7 +69,9 @@ def matching(model: nn.Module, targets: list[str], possible: list[str], where: s
     """The names among `possible` that end with one of the targets, as PEFT's `target_modules` do; each must match."""
     for target in targets:
         if not any(_matches(name, target) for name in possible):
-            leaves = {name.rpartition(".")[2] for name in possible}
+            shared = sharing(model)
+            check_unshared(model, [name for name in shared if _matches(name, target)], where)
+            leaves = {name.rpartition(".")[2] for name in possible if name not in shared}
             raise CompressionError(
                 f"{where}: target_modules {target!r} matches no layer of {type(model).__name__}."
                 + did_you_mean(target.rpartition(".")[2], leaves)

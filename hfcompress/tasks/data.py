@@ -15,7 +15,7 @@ import datasets
 import pandas
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
-from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.checkpoint.errors import CompressionError, did_you_mean, first_line
 
 log = logging.getLogger("hfcompress")
 
@@ -108,9 +108,8 @@ def _read_hub(dataset: str, subset: str | None) -> DatasetDict:
     try:
         return load_dataset(name, subset or inner or None)
     except Exception as error:  # datasets, huggingface_hub and the network all have errors of their own here
-        said = (str(error).splitlines() or [type(error).__name__])[0].strip()
         raise CompressionError(
-            f"dataset {dataset!r}: it is no file or folder here, and the Hub did not give {name!r} ({said});"
+            f"dataset {dataset!r}: it is no file or folder here, and the Hub did not give {name!r} ({first_line(error)});"
             " check the name and subset, go online, or name a local csv, json, parquet or txt file or folder."
         ) from error
 
@@ -138,9 +137,9 @@ def _read_files(files: list[Path], dataset: str) -> Dataset:
         except CompressionError:
             raise
         except Exception as error:  # pandas, pyarrow and datasets wrap each other's errors
-            reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise CompressionError(
-                f"dataset {dataset!r}: {files[0].name} is no readable {READERS[suffix]} file ({reason[0]}); mend it."
+                f"dataset {dataset!r}: {files[0].name} is no readable {READERS[suffix]} file "
+                f"({first_line(error.__cause__ or error)}); mend it."
             ) from error
 
 

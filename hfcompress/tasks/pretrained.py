@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint.artifact import complete
-from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.tasks.data import resolve_address
 
 
@@ -93,7 +93,7 @@ def load_image_processor(path: str) -> Any:
     """The image processor of a checkpoint; it works with Pillow where torchvision is not installed."""
     where, more = locate(path)
     if not find_spec("PIL"):
-        raise CompressionError("task: images can't be read for want of Pillow; get it with: pip install 'hfcompress[vision]'")
+        raise CompressionError("task: images can't be read for want of Pillow; get it with: pip install pillow")
     with _explained(path, "image processor"), quiet_transformers():
         return AutoImageProcessor.from_pretrained(where, **more)
 
@@ -139,7 +139,7 @@ def open_model(
         )
     if gguf:
         _forget_gguf(model)
-    complete(model, where)
+    complete(model, where, getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
     is_placed = {**asked, **kwargs}.get("device_map") is not None
     if not is_placed and not any(parameter.is_meta for parameter in model.parameters()):
         model.to(place)
@@ -271,9 +271,8 @@ def _explained(path: str, what: str) -> Iterator[None]:
     except CompressionError:
         raise
     except Exception as error:  # transformers, huggingface_hub, safetensors, httpx: all have errors of their own here
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:")
         if Path(resolve_address(str(path))).expanduser().exists():
             hint = "mend or choose another checkpoint"
         else:
             hint = "it is no folder here, so the Hub was asked: check the name, log in if it is gated, or go online"
-        raise CompressionError(f"model {str(path)!r}: its {what} can't be loaded ({said}); {hint}.") from error
+        raise CompressionError(f"model {str(path)!r}: its {what} can't be loaded ({first_line(error)}); {hint}.") from error

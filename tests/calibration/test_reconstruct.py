@@ -49,8 +49,8 @@ def repaired(model: Any, part: str, kept: list[Tensor], data: list[dict[str, Ten
     """Silence, repair and cut."""
     all_units = units_of(model, part)
     fading = Fading(model, all_units)
-    fading.doom(kept)
-    fading.silence(fading.doomed)
+    fading.prune(kept)
+    fading.silence(fading.pruned)
     told = repair(model, all_units, kept, lambda: data, damping)
     fading.remove()
     for units, keep in zip(all_units, kept, strict=True):
@@ -157,8 +157,8 @@ def naive(model: Any, part: str, kept: list[Tensor], data: list[dict[str, Tensor
     """The same by whole forwards for every layer, as the columns that stay tell best what all of them said."""
     all_units = units_of(model, part)
     fading = Fading(model, all_units)
-    fading.doom(kept)
-    fading.silence(fading.doomed)
+    fading.prune(kept)
+    fading.silence(fading.pruned)
 
     def seen(name: str) -> Tensor:
         rows: list[Tensor] = []
@@ -329,7 +329,7 @@ def test_moments_are_of_what_gates_leave_or_of_what_comes_to_them(kind: str) -> 
     model, batch = given(kind)
     all_units = units_of(model, "neurons")
     fading = Fading(model, all_units)
-    fading.doom([torch.arange(4, units.count).expand(*units.shape[:-1], -1) for units in all_units])
+    fading.prune([torch.arange(4, units.count).expand(*units.shape[:-1], -1) for units in all_units])
 
     def squares(past_gates: bool) -> Tensor:
         found: list[Tensor] = []
@@ -340,7 +340,7 @@ def test_moments_are_of_what_gates_leave_or_of_what_comes_to_them(kind: str) -> 
 
     whole = squares(True)
     assert whole.gt(0).all() and torch.equal(whole, squares(False))
-    fading.silence(fading.doomed)
+    fading.silence(fading.pruned)
     assert squares(False)[0].gt(0).all() and squares(True)[:, :4].eq(0).all() and squares(True)[:, 4:].gt(0).all()
     assert score("activation", model, all_units, lambda: [batch])[0][..., :4].lt(1e-9).all()
     fading.remove()

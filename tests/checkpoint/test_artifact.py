@@ -30,6 +30,7 @@ from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.proof import difference, prove
 from hfcompress.checkpoint.verify import verify
 from hfcompress.methods.base import Method
+from hfcompress.tasks.pretrained import open_model
 from tests.tiny import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -143,6 +144,22 @@ def test_an_artifact_loads_in_half_precision(methods: list[Method], dtype: str, 
     for method in (*methods, Cast(dtype)):
         method.run(again, None)
     assert torch.equal(logits(half), logits(again)), "as if it had been cast"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_plain_low_bit_artifact_is_opened_in_half_precision(kind: str, bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, again = tiny_model(kind), tiny_model(kind)
+    for one in (model, again):
+        Quantize(bits).run(one, None)
+    save(model, None, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+    half = open_model(tmp_path, dtype=dtype)
+    assert {p.dtype for p in half.parameters() if p.is_floating_point()} == {dtype} and half.config.dtype == dtype
+    Cast(str(dtype).removeprefix("torch.")).run(again, None)
+    assert torch.equal(logits(half), logits(again)), "as if it had been cast"
+    assert difference(logits(half), logits(model)) < 0.1
 
 
 def test_cast_leaves_in_float32_what_the_architecture_keeps_there(tmp_path: Path) -> None:

@@ -321,6 +321,8 @@ def test_what_is_saved_while_units_fade_is_what_is_computed(kind: str, tmp_path:
     ("kind", "task", "target", "others"),
     [
         ("t5", None, "shared", "encoder.embed_tokens"),
+        ("bart", None, "shared", "model.encoder.embed_tokens"),  # a class of its own, which nothing stands in for
+        ("bart", None, "embed_tokens", "model.shared"),
         ("bert", "masked-lm", "word_embeddings", "cls.predictions.decoder"),
         ("bert", "masked-lm", "decoder", "bert.embeddings.word_embeddings"),
     ],

@@ -343,6 +343,42 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
     assert "going on after step 1, where an earlier run stopped" in lines
 
 
+@pytest.mark.parametrize(
+    "name, what, left, number",
+    [
+        ("recipe.yaml", "the recipe", "", errno.ENOSPC),
+        ("report.json", "the report", "", errno.EFBIG),
+        ("report.png", "the plot", "out.partial/step-2/model.safetensors", errno.EFBIG),
+        ("README.md", "the model card", "out.partial/step-2/model.safetensors", errno.ENOSPC),
+    ],
+)
+def test_whatever_file_the_disk_has_no_room_for_is_one_sentence_and_the_run_goes_on(
+    place: Path, name: str, what: str, left: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, refusals = open, []
+
+    def full(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if Path(str(file)).name.startswith(name) and set(mode) & set("wxa"):
+            refusals.append(str(file))
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, mode, *more, **options)
+
+    for owner in ("io.open", "builtins.open"):
+        monkeypatch.setattr(owner, full)
+    told = refused(place, place / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "prove", lambda *_: 0.0)
+    assert refusals and len(told.splitlines()) == 1
+    assert f": {what} can't be written there ([Errno {number}] {os.strerror(number)}: " in told
+    assert told.endswith(
+        "); free some space or choose another place, then do the same again: a run goes on after its last finished step."
+    )
+    assert (place / left).exists() and not (place / "out").exists()
+    compress(recipe(place), place / "out")
+    assert not (place / "out.partial").exists()
+    assert {"recipe.yaml", "report.json", "report.png", "README.md"} <= {path.name for path in (place / "out").iterdir()}
+
+
 def test_adapter_files_beside_the_weights_are_found_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "bert" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(loop, "_compress", lambda *_: pytest.fail("it began"))
@@ -378,6 +414,40 @@ def test_what_missed_its_goal_is_not_pushed_unless_asked(place: Path, hub: HubSe
         {name: data.decode() for name, data in hub.files("me/small").items() if name.endswith(("md", "yaml", "json"))}
     )
     assert str(place) not in there and "missed" in there
+
+
+def test_a_finished_run_is_judged_and_pushed_anew_without_computing(
+    place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place / "out"
+    compress(recipe(place, goal={"smaller": 3}), out)
+    before = {name: (out / name).read_bytes() for name in ("model.safetensors", "report.png")}
+    monkeypatch.setattr(loop, "_compress", lambda *_: pytest.fail("it was computed again"))
+    chosen, lines = recipe(place, goal={"smaller": 0.5}, push_to="me/small", output_dir=str(out)), []
+    report = compress(chosen, out, tell=lines.append)
+    assert lines == [
+        f"{out} holds the finished result of this recipe, with another goal and push_to and output_dir; --overwrite runs it again",
+        "pushing to me/small",
+        f"{hub.endpoint}/me/small",
+    ]
+    assert report.check_goal(chosen.goal_parts) == [] and report.goal == chosen.goal_parts
+    assert hub.files("me/small")["model.safetensors"] == before["model.safetensors"]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert (out / "recipe.yaml").read_text() == chosen.to_yaml()
+    card = (out / "README.md").read_text()
+    assert "## Goal\n\n- smaller 0.5: met" in card and "missed" not in card
+    assert loop.Report.load(out / "report.json").goal == chosen.goal_parts
+    compress(chosen, out, tell=lines.append)
+    assert lines[3:] == [
+        f"{out} holds the finished result of this very recipe; --overwrite runs it again", "me/small holds it already"
+    ]  # fmt: skip
+    compress(recipe(place, goal={"smaller": 3}, push_to="me/other"), out, tell=lines.append)
+    assert lines[-1].startswith("not pushed to me/other, as the goal was missed (") and "me/other" not in hub.repos
+    told = refused(place, out, seed=7)
+    assert (
+        told
+        == f"output_dir '{out}': something else lies there; choose another output_dir=..., or pass --overwrite to replace it."
+    )
 
 
 def test_an_interrupted_push_is_made_up_by_the_same_command(place: Path, hub: HubServer) -> None:

@@ -234,7 +234,7 @@ def test_a_model_of_half_precision_is_trained_in_float32() -> None:
         Train(**fields).run(whole, Task())
         assert seen == {torch.float32} and {one.dtype for one in half.parameters()} == {dtype}
         mine = dict(half.named_parameters())
-        assert all(torch.equal(mine[name], one.to(dtype)) for name, one in whole.named_parameters())
+        assert mine and all(torch.equal(mine[name], one.to(dtype)) for name, one in whole.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

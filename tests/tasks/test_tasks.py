@@ -494,7 +494,7 @@ def test_mistakes_with_images(place: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(hfcompress.tasks.pretrained, "find_spec", lambda name: None)
     with pytest.raises(CompressionError) as caught:
         made(place, "image-classification").open(path)
-    assert str(caught.value) == "task: images can't be read for want of Pillow; get it with: pip install 'hfcompress[vision]'"
+    assert str(caught.value) == "task: images can't be read for want of Pillow; get it with: pip install pillow"
 
 
 # ---------------------------------------------------------------- data without labels

@@ -12,7 +12,7 @@ from hfcompress.surgery.units.spans import Units
 
 
 class Fading:
-    """Units that stay are open, doomed ones fade together, silent ones are shut."""
+    """Units that stay are open, pruned ones fade together, silent ones are shut."""
 
     def __init__(self, model: nn.Module, all_units: list[Units]) -> None:
         self._gates = [torch.ones(units.shape) for units in all_units]
@@ -23,17 +23,17 @@ class Fading:
 
     @property
     def staying(self) -> list[Tensor]:
-        """Bool, of the shape of the units: those that are not doomed."""
+        """Bool, of the shape of the units: those that are not pruned."""
         return [torch.zeros_like(silent).scatter_(-1, keep, True) for silent, keep in zip(self.silent, self.kept, strict=True)]
 
-    def doom(self, kept: list[Tensor]) -> None:
-        """All but these; what was doomed before is silent now."""
+    def prune(self, kept: list[Tensor]) -> None:
+        """All but these; what was pruned before is silent now."""
         for silent, stays in zip(self.silent, self.staying, strict=True):
             silent |= ~stays
         self.kept = kept
 
     @property
-    def doomed(self) -> list[Tensor]:
+    def pruned(self) -> list[Tensor]:
         """Bool, of the shape of the units: those that fade now."""
         return [~stays & ~silent for stays, silent in zip(self.staying, self.silent, strict=True)]
 
@@ -44,7 +44,7 @@ class Fading:
         self.show(1.0)
 
     def show(self, left: float) -> None:
-        """What is left of the doomed, 1 to 0."""
+        """What is left of the pruned, 1 to 0."""
         for values, silent, stays in zip(self._gates, self.silent, self.staying, strict=True):
             values.copy_(torch.where(stays, 1.0, torch.where(silent, 0.0, left)))
 

@@ -281,8 +281,8 @@ def _some(units: Units, number: int) -> Tensor:
         start = [(lane + number) % (units.count - fewer) for lane in range(units.lanes)]
         return torch.stack([torch.tensor([i for i in range(units.count) if not s <= i < s + fewer]) for s in start])
     fewer = min(units.count - 1, 1 + max(1, units.count // 4) * (number % 2)) if units.count > 2 else 1 - number % 2
-    doomed = {(number + 2 * i) % units.count for i in range(fewer)}
-    return torch.tensor([i for i in range(units.count) if i not in doomed])
+    pruned = {(number + 2 * i) % units.count for i in range(fewer)}
+    return torch.tensor([i for i in range(units.count) if i not in pruned])
 
 
 def close(mine: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
