@@ -21,7 +21,7 @@ log = logging.getLogger("hfcompress")
 class Quantize(Method):
     """Store linear layers as 8- or 4-bit codes and compute with bitsandbytes' kernels.
 
-    Needs: bitsandbytes; nothing after it but adapters may train.
+    Needs: bitsandbytes; nothing after it but adapters and what heal names may train.
     Buys: a quarter (8 bits) or an eighth (4 bits) of the float32 size of the layers.
     Costs: half a step of rounding a weight, at most; time, where unpacking outweighs the smaller reads (see the report).
     Paper: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314)
