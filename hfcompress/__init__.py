@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import Adapters as Adapters
     from hfcompress.methods import Cast as Cast
     from hfcompress.methods import Distill as Distill
+    from hfcompress.methods import Heal as Heal
     from hfcompress.methods import LowRank as LowRank
     from hfcompress.methods import PruneExperts as PruneExperts
     from hfcompress.methods import PruneHeads as PruneHeads
@@ -56,6 +57,7 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "PruneWeights",
     "LowRank",
     "Adapters",
+    "Heal",
     "Quantize",
     "Cast",
     "Student",

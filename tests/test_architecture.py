@@ -38,7 +38,10 @@ ONLY_IN = {
     "datasets": {
         "tasks.data",
         "tasks.metrics",
-        *(f"tasks.{name}" for name in ("base", "splits", "columns", "texts", "labels", "language_model", *TASK_FILES)),
+        *(
+            f"tasks.{name}"
+            for name in ("base", "splits", "columns", "texts", "labels", "language_model", "mixture", *TASK_FILES)
+        ),
     },
     "evaluate": {"tasks.metrics"},
     "matplotlib": {"results.plot"},
@@ -200,6 +203,8 @@ def test_tasks_are_found_by_the_table_and_nowhere_else() -> None:
         "columns",
         "scoring",
         "language_model",
+        "mixture",
+        "own_text",
         "data",
         "pretrained",
         "metrics",

@@ -4,6 +4,7 @@ from hfcompress.methods.adapters import Adapters
 from hfcompress.methods.base import Method, Step
 from hfcompress.methods.cast import Cast
 from hfcompress.methods.distill import Distill
+from hfcompress.methods.heal import Heal
 from hfcompress.methods.low_rank import LowRank
 from hfcompress.methods.prune_experts import PruneExperts
 from hfcompress.methods.prune_heads import PruneHeads
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
         PruneWeights,
         LowRank,
         Adapters,
+        Heal,
         Quantize,
         Cast,
         Student,

@@ -25,6 +25,7 @@ class Adapters(Method):
 
     edits: ClassVar[frozenset[str]] = frozenset({"adapter"})
     adds_parameters: ClassVar[bool] = True
+    chooses_trained: ClassVar[bool] = True
     needs_training: ClassVar[bool] = True
     tag: ClassVar[str] = "lora"
 

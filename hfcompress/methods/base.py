@@ -58,6 +58,8 @@ class Method(Step):
     """Whether it is useless as a step of its own."""
     adds_parameters: ClassVar[bool] = False
     """Whether it changes which parameters there are before training, so that it must act before an optimizer is built."""
+    chooses_trained: ClassVar[bool] = False
+    """Whether it says which parameters are trained, and freezes all others, so that these may be codes."""
     scheduled: ClassVar[bool] = False
     """Whether it goes on changing the model while training lasts, so that no earlier checkpoint may replace the last one."""
     fades: ClassVar[bool] = False

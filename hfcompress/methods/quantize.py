@@ -23,7 +23,7 @@ log = logging.getLogger("hfcompress")
 class Quantize(Method):
     """Store linear layers, and embeddings if asked for, as 8- or 4-bit codes.
 
-    Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters, norms and biases may train.
+    Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters and what heal names may train.
     Buys: a quarter (8 bits) or an eighth (4 bits) of the float32 size of the layers; time with engine hfcompress in 8 bits,
         where the processor multiplies bytes (hfcompress doctor tells).
     Costs: half a step of rounding a weight, at most; time, where unpacking outweighs the smaller reads (see the report).

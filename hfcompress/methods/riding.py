@@ -60,6 +60,12 @@ def check_together(methods: Iterable[Method]) -> None:
             raise CompressionError(
                 f"{method.key()}: it would code the layers before {pruned} cuts them; list {method.key()} first, or after."
             )
+    choosers = [method.key() for method in methods if method.chooses_trained]
+    if len(choosers) > 1:
+        raise CompressionError(
+            f"{choosers[1]}: it says what is trained, and so does {choosers[0]}; leave one of the two out, or give each "
+            f"a train of its own."
+        )
     adapter = next((method for method in methods if "adapter" in method.edits), None)
     other = next((method.key() for method in methods if method.needs_dense), None)
     if adapter is not None and other is not None:

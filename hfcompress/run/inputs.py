@@ -16,6 +16,7 @@ from hfcompress.methods import Method
 from hfcompress.run.recipe import Recipe
 from hfcompress.run.train import Train
 from hfcompress.tasks.data import resolve_address
+from hfcompress.tasks.mixture import DATA, OWN
 
 INPUTS = "inputs.json"
 WHOLE = 256 * 2**20
@@ -38,7 +39,9 @@ def local_inputs(recipe: Recipe) -> dict[str, Path]:
         except (CompressionError, RuntimeError):  # no such package, no such user: opening it will say so
             continue
         # a word that some folder here happens to be called, such as a split's, is no path
-        is_path = not re.fullmatch(r"[\w-]*", text) or place in ("model", "task.dataset", "task.also")
+        is_address = place in ("model", "task.dataset", "task.also")
+        is_address |= place.startswith("task.mixture.") and text not in (DATA, OWN)
+        is_path = is_address or not re.fullmatch(r"[\w-]*", text)
         if is_path and text and "\0" not in text and os.path.exists(path):
             found[place] = path
     return found

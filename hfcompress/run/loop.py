@@ -92,6 +92,8 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
             f"put a train step first, or name a fine-tuned teacher."
         )
     model, report, done = _begin(recipe, task, work, overwrite, now, tell)
+    with state.main_process_first():  # the others read what it keeps
+        task.write_own(work)
     report.goal = recipe.goal_parts
     for number, step in list(enumerate(recipe.steps, start=1))[done:]:
         if number - 1 == recipe.reference:

@@ -16,7 +16,7 @@ from hfcompress.checkpoint.errors import CompressionError, shown
 from hfcompress.results.saved_files import other_files
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNFINISHED = r"recipe\.yaml|report\.json|inputs\.json|[\w.]+\.part|step-\d+|artifact|replaced"
+UNFINISHED = r"recipe\.yaml|report\.json|inputs\.json|own-text\.safetensors|[\w.]+\.part|step-\d+|artifact|replaced"
 """What a run leaves in its OUT.partial."""
 
 

@@ -299,10 +299,11 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
         if any(rider.keeps_adapter for rider in riders):
             adapted = number
         if quantised is not None and step is not None:
-            if isinstance(step, Train) and not any("adapter" in rider.edits for rider in riders):
+            if isinstance(step, Train) and not any(rider.chooses_trained for rider in riders):
+                helpers = " or ".join(key for key, method in METHODS.items() if method.chooses_trained)
                 mistakes.append(
                     f"steps.{number}: train comes after {coder} (steps.{quantised}), and codes can't be trained; "
-                    f"train first, or add adapters under with."
+                    f"train first, or add {helpers} under with."
                 )
             elif isinstance(step, Method) and step.needs_dense:
                 mistakes.append(

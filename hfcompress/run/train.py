@@ -127,11 +127,12 @@ class Train(Step):
                 )
             trained = any(parameter.requires_grad for parameter in model.parameters())
             if not trained and not any(rider.adds_parameters for rider in self.riders):
-                raise CompressionError("train: no weight of the model can be trained; add adapters under with.")
+                raise CompressionError("train: no weight of the model can be trained; add adapters or heal under with.")
             riders = (*self.riders, *_own_loss(model, self.riders, arguments))
             check_riders(riders, arguments)
             with _trainable(model, riders), _returning_attentions(model, riders), riding(model, riders, task) as tick:
-                trainer = _trainer(model, arguments, task, tick)
+                with _codes_admitted(model, riders):
+                    trainer = _trainer(model, arguments, task, tick)
                 trainer.train()
                 # accelerate wrapped forward in autocast and would leave it there: later steps would measure another model.
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -173,6 +174,21 @@ def _trainable(model: nn.Module, riders: Iterable[Method]) -> Iterator[None]:
     casts = any("dtype" in rider.edits for rider in riders)
     with in_float32(model, gives_back=not casts):
         yield
+
+
+@contextmanager
+def _codes_admitted(model: Any, riders: Iterable[Method]) -> Iterator[None]:
+    """transformers' Trainer refuses a model that was loaded with low-bit layers, but for PEFT's adapters on it: it can't know
+    that what is trained stands beside the codes."""
+    was = getattr(model, "is_quantized", False)
+    if not was or not any(rider.chooses_trained for rider in riders):
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = was
 
 
 def _check_whole(arguments: TrainingArguments) -> None:

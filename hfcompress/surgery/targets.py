@@ -83,6 +83,25 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def parts_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters that stay dense where every layer is codes, by their names: those of `norms`, all `biases`, those of norms
+    too, and the tables of `embeddings`, in whatever dtype they are. A tied one goes by the first of its names."""
+    found: dict[str, dict[str, nn.Parameter]] = {"norms": {}, "biases": {}, "embeddings": {}}
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if not parameter.is_floating_point():
+            continue
+        # by the name of the class: every architecture has an RMSNorm of its own
+        if "norm" in type(owner).__name__.lower():
+            found["norms"][name] = parameter
+        if leaf.endswith("bias"):
+            found["biases"][name] = parameter
+        if hasattr(owner, "num_embeddings"):
+            found["embeddings"][name] = parameter
+    return found
+
+
 def base_of(model: nn.Module) -> tuple[str, nn.Module]:
     """(the prefix of the base model's names, the base model): ("bert.", BertModel) of a classifier, ("", itself) of a base."""
     prefix = getattr(model, "base_model_prefix", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -128,6 +129,9 @@ class Task(Splits):
     def eval_dataset(self) -> Any:
         """Inputs and `labels` to score on; disjoint from the training data where the task made the split."""
         return self._ready(self._eval)
+
+    def write_own(self, folder: Path | None) -> None:
+        """Have at hand what of the training data takes long to make; kept in `folder` for a run that goes on."""
 
     @property
     def collator(self) -> Any:

@@ -52,9 +52,9 @@ class MaskedLM(LanguageModel):
                 f"model {str(path)!r}: its tokenizer has no mask token, so nothing can be masked; choose a checkpoint"
                 " trained for MaskedLM, or the task causal-lm."
             )
-        self._train = self._examples(train, self.max_train_samples)
-        self._eval = self._masked(self._examples(held_out, self.max_eval_samples))
         second = self._second(*self._texts(train))
+        self._train = self._blended(train, [held_out, *([] if second is None else [second])], self._examples)
+        self._eval = self._masked(self._examples(held_out, self.max_eval_samples))
         self._also = None if second is None else self._masked(self._examples(second, self.max_eval_samples))
 
     def _examples(self, rows: Dataset, most: int | None) -> Dataset:

@@ -25,6 +25,7 @@ from hfcompress.methods import (
     Adapters,
     Cast,
     Distill,
+    Heal,
     LowRank,
     Method,
     PruneExperts,
@@ -89,6 +90,7 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Student(architecture={"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}),
     ],
     "adapters": [Adapters(r=4, merge=False), Adapters(target_modules=["query"])],
+    "heal": [Heal(["norms"]), Heal(["biases", "embeddings"])],
     "distill": [
         Distill("me/teacher", temperature=3.0, alpha=0.2),
         Distill(["me/one", "me/two"], terms=["task", {"kl": 0.5}, {"hidden_mse": {"layers": {0: 1}, "embeddings": True}}]),

@@ -104,7 +104,8 @@ def test_all_mistakes_are_shown_at_once_with_a_did_you_mean() -> None:
     [
         (
             [{"quantize": {"bits": 8}}, {"train": {}}],
-            "steps.1: train comes after quantize (steps.0), and codes can't be trained; train first, or add adapters under with.",
+            "steps.1: train comes after quantize (steps.0), and codes can't be trained; train first, or add adapters or heal under "
+            "with.",
         ),
         (
             [{"quantize": {"bits": 8}}, {"prune_heads": {"ratio": 0.5}}],
@@ -137,8 +138,9 @@ def test_a_mistake_in_the_steps_has_its_sentence(steps: Any, sentence: str) -> N
     assert mistakes(steps=steps) == [f"my.yaml: {sentence}"]
 
 
-def test_training_codes_through_adapters_is_fine() -> None:
-    recipe = read(steps=[{"quantize": {"bits": 4}}, {"train": {"with": [{"adapters": {}}]}}])
+@pytest.mark.parametrize("rider", ["adapters", "heal"])
+def test_training_codes_through_what_chooses_is_fine(rider: str) -> None:
+    recipe = read(steps=[{"quantize": {"bits": 4}}, {"train": {"with": [{rider: {}}]}}])
     assert recipe.reference == 0
 
 

@@ -267,7 +267,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llm-nf4": ("llama", {"task.block_size": 32}),
     "small-vocab": ("distilbert", {}),
     "llm-low-rank": ("llama", {"task.block_size": 32}),
-    "llm-prune": ("llama", {"task.block_size": 32, "steps.0.prune_neurons.round_to": 8}),
+    "llm-prune": (
+        "llama",
+        {
+            "task.block_size": 32,
+            "task.mixture": "[data, own]",
+            "task.max_train_samples": 32,
+            "steps.0.prune_neurons.round_to": 8,
+        },
+    ),
 }
 DATA = {"image-classification": "images", "seq2seq-lm": "pairs.jsonl"}
 
