@@ -137,7 +137,7 @@ def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments
     if bias is not None:  # both are told about zero
         power, before = power + (weight @ mean).square().sum(), before + (lost @ mean[gone]).square().sum()
     zz, rz = square[columns][:, columns], lost @ square[gone][:, columns]
-    more = _divided(rz, zz, damping)
+    more = divided(rz, zz, damping)
     after = _mean_square(lost, square[gone][:, gone]) - 2 * (more * rz).sum() + _mean_square(more, zz)
     lane[..., columns] = (weight[:, columns] + more).to(lane).reshape(*lane.shape[:-1], -1)
     lane[..., gone] = 0.0
@@ -152,7 +152,7 @@ def _mean_square(weight: Tensor, square: Tensor) -> Tensor:
     return (weight * (weight @ square)).sum()
 
 
-def _divided(left: Tensor, moments: Tensor, damping: float) -> Tensor:
+def divided(left: Tensor, moments: Tensor, damping: float) -> Tensor:
     """left (moments + ridge)^-1, for (out, k) and (k, k)."""
     ridge = damping * moments.diagonal().mean()
     damped = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
