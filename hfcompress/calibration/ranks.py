@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,11 +18,14 @@ class Curve:
     """losses[r]: of rank r, from 0 to that at which two factors are no longer smaller than the matrix; never rising."""
 
     @classmethod
-    def of(cls, shape: tuple[int, int], energies: Tensor, weight: float = 1.0) -> Curve:
-        """`energies`: of its components, descending. `weight`: of this layer among all."""
-        most = pays_up_to(shape)
-        tail = (energies.sum() - energies.cumsum(0)[:most]).clamp_min(0)
-        return cls(shape, [float(energies.sum()) * weight, *(tail * weight).tolist()])
+    def of(cls, shape: tuple[int, int], energies: Tensor) -> Curve:
+        """The loss is minus the logarithm of the share of the energy that stays. `energies`: of its components, descending.
+
+        A share, as layers differ in scale and the norms that follow undo that; its logarithm, as shares multiply along the
+        depth: a layer of which next to nothing stays breaks the model, whatever the others keep.
+        """
+        kept = energies.cumsum(0)[: pays_up_to(shape)] / energies.sum().clamp_min(1e-300)
+        return cls(shape, [math.inf, *(-kept.clamp(1e-300, 1).log()).tolist()])
 
     @property
     def cost(self) -> int:

@@ -141,18 +141,15 @@ class LowRank(Method):
             by_outputs(model, names, batches, then, self.damping, writes, pairs=writes and self.repair)
 
     def _shared(self, model: nn.Module, names: list[str], batches: MakeBatches | None) -> dict[str, int | None]:
-        """The rank of each layer under one budget, None for one that stays dense.
-
-        What a layer loses is told as a share of what it says: layers differ in scale, and the norms that follow undo that.
-        """
+        """The rank of each layer under one budget, None for one that stays dense."""
         curves: dict[str, Curve] = {}
 
         def note(name: str, found: Found) -> None:
-            energies = agreed(found.components.energies)
-            curves[name] = Curve.of(features(model.get_submodule(name)), energies, 1 / max(float(energies.sum()), 1e-300))
+            curves[name] = Curve.of(features(model.get_submodule(name)), agreed(found.components.energies))
 
         self._each(model, names, batches, note, writes=False)
-        least = sum(curve.cost for curve in curves.values()) * self.round_to / sum(curve.dense for curve in curves.values())
+        total = sum(curve.dense for curve in curves.values())
+        least = sum(min(curve.cost * self.round_to, curve.dense) for curve in curves.values()) / total
         if (self.ratio or 0) < least:
             raise CompressionError(
                 f"low_rank: ratio {self.ratio} is less than factors of rank {self.round_to} in every layer have; possible are "
