@@ -138,7 +138,7 @@ def _solve(name: str, bias: Any, lane: Tensor, columns: Tensor, moments: Moments
     rest = _mean_square(lost, moments.block(gone, gone, about_mean))
     before = rest + (lost @ mean[gone]).square().sum() if about_mean else rest  # told about zero, as the power is
     rz = lost @ moments.block(gone, columns, about_mean)
-    more, moved = _divided(rz, moments.block(columns, columns, about_mean, last=True), damping)
+    more, moved = divided(rz, moments.block(columns, columns, about_mean, last=True), damping)
     after = rest - 2 * (more * rz).sum() + moved
     lane[..., columns] = (lane[..., columns].flatten(0, -2).double() + more).to(lane).reshape(*lane.shape[:-1], -1)
     lane[..., gone] = 0.0
@@ -153,7 +153,7 @@ def _mean_square(weight: Tensor, square: Tensor) -> Tensor:
     return (weight * (weight @ square)).sum()
 
 
-def _divided(left: Tensor, moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def divided(left: Tensor, moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """D = left (moments + ridge)^-1, for (out, k) and (k, k), which is overwritten; and tr D moments D^T."""
     ridge = damping * moments.diagonal().mean()
     moments.diagonal().add_(ridge)

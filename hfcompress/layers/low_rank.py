@@ -55,10 +55,10 @@ class LowRankLinear(nn.Module, Kind):
         return {**dense_fields(self), "rank": self.rank}
 
     def dequantised(self) -> Tensor:
-        return (self.second.weight @ self.first.weight).detach()
+        return _product(_dense(self.second), _dense(self.first))
 
     def export_form(self) -> nn.Module:
-        return nn.Sequential(self.first, self.second)
+        return nn.Sequential(_plain(self.first), _plain(self.second))
 
 
 class LowRankEmbedding(nn.Module, Kind):
@@ -101,7 +101,26 @@ class LowRankEmbedding(nn.Module, Kind):
         return {name: getattr(self, name) for name in self.names}
 
     def dequantised(self) -> Tensor:
-        return (self.table.weight @ self.expand.weight.T).detach()
+        return _product(_dense(self.table), _dense(self.expand).T)
 
     def export_form(self) -> nn.Module:
-        return nn.Sequential(self.table, self.expand)
+        return nn.Sequential(self.table, _plain(self.expand))
+
+
+def _dense(factor: nn.Module) -> Tensor:
+    """The weight of a factor, which may be codes by now."""
+    from hfcompress.layers import KINDS, kind_of  # the table names the classes of this file
+
+    return KINDS[kind_of(factor) or ""].dequantised(factor)
+
+
+def _plain(factor: nn.Module) -> nn.Module:
+    from hfcompress.layers import KINDS, kind_of
+
+    return KINDS[kind_of(factor) or ""].export_form(factor)  # type: ignore[call-arg, arg-type]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Codes of different kinds stand for weights of different dtypes."""
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype) @ right.to(dtype)

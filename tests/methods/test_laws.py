@@ -73,7 +73,13 @@ METHOD_ROWS: dict[str, list[Method]] = {
     ],
     "prune_vocab": [PruneVocab([" ".join(WORDS[5:120])])],
     "prune_weights": [PruneWeights(0.6)],
-    "low_rank": [LowRank(ratio=0.5), LowRank(rank=4), LowRank(energy=0.6)],
+    "low_rank": [
+        LowRank(ratio=0.5),
+        LowRank(rank=4),
+        LowRank(energy=0.6),
+        LowRank(ratio=0.5, whiten=True, samples=16),
+        LowRank(ratio=0.5, ranking="global", whiten=True, repair=True, samples=16),
+    ],
     "quantize": [
         Quantize(8),
         Quantize(4),
