@@ -77,6 +77,7 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Quantize(4),
         Quantize(4, quant_type="fp4", use_double_quant=False),
         Quantize(8, threshold=6.0),
+        Quantize(4, calibrate="rounding", use_double_quant=False, samples=16),
     ],
     "cast": [Cast(), Cast("float16")],
     "student": [
