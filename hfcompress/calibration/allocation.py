@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.calibration.batches import MakeBatches, evaluating, given, loss_of, singles
+from hfcompress.calibration.formats import Format, harm, stored_bytes
+from hfcompress.checkpoint.errors import CompressionError
+
+log = logging.getLogger("hfcompress")
+DENSE = 16
+"""The bits that a layer is said to have which is left as it is, whatever its dtype."""
 
 UNITS = 50_000
 """Into how many parts a budget is divided: each decision is charged up to one of them too much."""
@@ -73,6 +80,76 @@ def _improved(found: list[Choice], decisions: Sequence[Sequence[Choice]], budget
         _, place, other = max(steps, key=lambda step: step[0])
         spare -= other.cost - found[place].cost
         found[place] = other
+
+
+def least_harm(
+    model: Any,
+    names: Sequence[str],
+    formats: Mapping[int, Format],
+    batches: MakeBatches | None,
+    target_bits: float | None = None,
+    target_bytes: float | None = None,
+    coded: Mapping[str, nn.Module] | None = None,
+) -> dict[str, Format]:
+    """How to store each of these layers, so that the loss is expected to grow the least within a target: in one of the formats,
+    told by their bits, or dense, and then it is not in the answer. Layers that read the same are stored alike.
+
+    `target_bits`: a weight of theirs, on average, scales included. `target_bytes`: of the whole model on disk, in which
+    `coded` stand in for the layers of these names. CompressionError where no choice is small enough; the least is told.
+    """
+    slopes = squared_slopes(model, names, batches, "quantize: a target")
+    groups = read_together(model, names, next(singles(model, next(iter(given(batches, "quantize: a target"))))))
+    decisions = [_choices(model, group, formats, slopes) for group in groups]
+    weights = sum(model.get_submodule(name).weight.numel() for name in names)
+    others = 0.0 if target_bytes is None else _bytes_of(model, coded or {}) - sum(_dense_bytes(model, name) for name in names)
+    budget = (target_bits or 0) * weights / 8 if target_bytes is None else target_bytes - others
+    found = allocated(decisions, budget)
+    if found is None:
+        least = sum(min(choice.cost for choice in choices) for choices in decisions)
+        told = (f"target_bits: {target_bits:g}", f"{8 * least / weights:.3g} bits")
+        if target_bytes is not None:
+            told = (f"target_megabytes: {target_bytes / 1e6:g}", f"{(others + least) / 1e6:.4g} MB")
+        raise CompressionError(
+            f"quantize: {told[0]} can't be met: with the fewest bits that fit it takes {told[1]}; choose that or more, code "
+            f"the embeddings as well, or cut the model before."
+        )
+    chosen = {name: choice.bits for group, choice in zip(groups, found, strict=True) for name in group}
+    tally = ", ".join(f"{list(chosen.values()).count(bits)} in {bits} bits" for bits in formats)
+    dense = list(chosen.values()).count(DENSE)
+    grows = sum(choice.harm for choice in found)
+    log.info("quantize: %d layers: %s, %d dense; the loss is to grow by %.3g", len(chosen), tally, dense, grows)
+    return {name: formats[bits] for name, bits in chosen.items() if bits != DENSE}
+
+
+def _choices(model: Any, group: Sequence[str], formats: Mapping[int, Format], slopes: Mapping[str, Tensor]) -> list[Choice]:
+    """Every way to store these layers alike."""
+    layers = {name: model.get_submodule(name) for name in group}
+    found = [Choice(DENSE, float(sum(_dense_bytes(model, name) for name in group)), 0.0)]
+    for bits, storing in formats.items():
+        if not any(storing.misfit(layer) for layer in layers.values()):
+            cost = worse = 0.0
+            for name, layer in layers.items():
+                new = storing.rounded(layer)
+                cost, worse = cost + stored_bytes(new), worse + harm(layer, new, slopes[name])
+            found.append(Choice(bits, cost, worse))
+    return found
+
+
+def _dense_bytes(model: Any, name: str) -> int:
+    weight = model.get_submodule(name).weight
+    return weight.numel() * weight.element_size()
+
+
+def _bytes_of(model: nn.Module, coded: Mapping[str, nn.Module]) -> float:
+    """What a model takes on disk, tied tensors once, these standing in for its layers of their names."""
+    tensors = {
+        key: value
+        for key, value in model.state_dict(keep_vars=True).items()
+        if not any(key.startswith(f"{name}.") for name in coded) and isinstance(value, Tensor)
+    }
+    for name, layer in coded.items():
+        tensors |= {f"{name}.{key}": value for key, value in layer.state_dict(keep_vars=True).items()}
+    return float(sum(one.numel() * one.element_size() for one in {id(one): one for one in tensors.values()}.values()))
 
 
 def squared_slopes(model: Any, names: Sequence[str], batches: MakeBatches | None, asked: str) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Linear4bit(Kind):
-    """NF4 or FP4 codes in blocks of 64, their scales nested under double quantisation."""
+    """NF4 or FP4 codes in blocks, whose size stands beside them, and scales, which are nested under double quantisation."""
 
     type_name = "Linear4bit"
     names = ("in_features", "out_features", "bias", "quant_type", "compress_statistics", "compute_dtype")
@@ -48,15 +48,31 @@ class Linear4bit(Kind):
 
     @classmethod
     def from_linear(
-        cls, layer: Any, quant_type: str = "nf4", use_double_quant: bool = True, compute_dtype: str | None = None
+        cls,
+        layer: Any,
+        quant_type: str = "nf4",
+        use_double_quant: bool = True,
+        compute_dtype: str | None = None,
+        blocksize: int = 64,
     ) -> nn.Module:
         """The low-bit twin of a Linear or Conv1D, on the same device; the arguments are those of `quantize`."""
-        import bitsandbytes as bnb
+        new, kept = _four_bit(layer, quant_type, use_double_quant, compute_dtype)
+        return _in_place_of(layer, new, _params(_matrix(layer), blocksize=blocksize, **kept))
 
-        kept: dict[str, Any] = {"quant_type": quant_type, "compress_statistics": use_double_quant}
-        new: Any = bnb.nn.Linear4bit(*features(layer), layer.bias is not None, compute_dtype=_dtype(compute_dtype), **kept)
-        new.weight = bnb.nn.Params4bit(_matrix(layer), requires_grad=False, **kept)
-        return _in_place_of(layer, new)
+    @classmethod
+    def from_codes(cls, layer: Any, codes: Tensor, scales: Tensor, **fields: Any) -> nn.Module:
+        """The same in chosen codes (out, in), uint8, indices into `codebook(quant_type)`, and scales (out, blocks), float32, of
+        any sign. The weight is then codebook[codes] times the scales, as `scales_read` gives them under double quantisation."""
+        from bitsandbytes.functional import QuantState, get_4bit_type
+
+        new, kept = _four_bit(layer, **fields)
+        quant_type, blocksize = kept["quant_type"], codes.shape[1] // scales.shape[1]
+        absmax, offset, nested = _nested(scales) if kept["compress_statistics"] else (scales.flatten().contiguous(), None, None)
+        state: Any = QuantState(absmax=absmax, shape=codes.shape, dtype=layer.weight.dtype, quant_type=quant_type)
+        state.code, state.blocksize = get_4bit_type(quant_type, device=scales.device), blocksize
+        state.offset, state.state2, state.nested = offset, nested, nested is not None
+        packed = _packed(codes, quant_type)
+        return _in_place_of(layer, new, _params(packed, quant_state=state, bnb_quantized=True, blocksize=blocksize, **kept))
 
     @classmethod
     def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
@@ -124,8 +140,8 @@ class Linear8bit(Kind):
         import bitsandbytes as bnb
 
         new = bnb.nn.Linear8bitLt(*features(layer), layer.bias is not None, has_fp16_weights=False, threshold=threshold)
-        new.weight = bnb.nn.Int8Params(_matrix(layer).cpu(), requires_grad=False, has_fp16_weights=False)
-        return _in_place_of(layer, new)
+        weight = bnb.nn.Int8Params(_matrix(layer).cpu(), requires_grad=False, has_fp16_weights=False)
+        return _in_place_of(layer, new, weight)
 
     @classmethod
     def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
@@ -160,11 +176,25 @@ def coded(layer: Any, bits: int, **fields: Any) -> nn.Module:
     return Linear8bit.from_linear(layer, **fields) if bits == 8 else Linear4bit.from_linear(layer, **fields)
 
 
-def codes_fit(layer: nn.Module, bits: int) -> bool:
+def codes_fit(layer: nn.Module, bits: int, blocksize: int = 64) -> bool:
     """Whether bitsandbytes' kernels read such codes rightly. bitsandbytes 0.50 reads 4-bit rows wrongly on CPUs where a block
-    of 64 spans two of them, and its AVX512-BF16 path refuses rows that are not in thirty-twos."""
+    spans two of them, and its AVX512-BF16 path refuses columns that are not in sixty-fours and rows not in thirty-twos."""
     into, out = features(layer)
-    return bits == 8 or (into % 64 == 0 and out % 32 == 0)
+    return bits == 8 or (into % max(64, blocksize) == 0 and out % 32 == 0)
+
+
+def codebook(quant_type: str) -> Tensor:
+    """(16,), or (15,) where zero has two codes: the values that 4-bit codes stand for, ascending, float32."""
+    return _codebook(quant_type)[0]
+
+
+def scales_read(scales: Tensor) -> Tensor:
+    """Scales (out, blocks), float32, as double quantisation gives them back: 8-bit codes, in blocks of 256, of what they are
+    off their mean by."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    codes, offset, state = _nested(scales)
+    return dequantize_blockwise(codes, state).add_(offset).reshape(scales.shape)
 
 
 def frozen(layer: Any) -> nn.Module:
@@ -259,6 +289,46 @@ def _bad_scales(state: Any, count: int) -> str | None:
     )
 
 
+def _four_bit(
+    layer: Any, quant_type: str = "nf4", use_double_quant: bool = True, compute_dtype: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A Linear4bit of a layer's sizes, without its weight, and what the weight is told."""
+    import bitsandbytes as bnb
+
+    kept: dict[str, Any] = {"quant_type": quant_type, "compress_statistics": use_double_quant}
+    return bnb.nn.Linear4bit(*features(layer), layer.bias is not None, compute_dtype=_dtype(compute_dtype), **kept), kept
+
+
+def _params(data: Tensor, **kept: Any) -> Any:
+    import bitsandbytes as bnb
+
+    return bnb.nn.Params4bit(data, requires_grad=False, **kept)
+
+
+def _codebook(quant_type: str) -> tuple[Tensor, Tensor]:
+    """The values of the codes, ascending and distinct, and the code of each, uint8."""
+    from bitsandbytes.functional import get_4bit_type
+
+    values, codes = get_4bit_type(quant_type, device="cpu").sort(stable=True)
+    first = torch.cat([torch.ones(1, dtype=torch.bool), values.diff() > 0])  # FP4 has a zero and another below it
+    return values[first], codes[first].to(torch.uint8)
+
+
+def _packed(codes: Tensor, quant_type: str) -> Tensor:
+    """(out * in / 2, 1), uint8, of indices into the codebook (out, in): two codes a byte, the first one above."""
+    own = _codebook(quant_type)[1].to(codes.device)[codes.flatten().int()]
+    return ((own[::2] << 4) | own[1::2])[:, None]
+
+
+def _nested(scales: Tensor) -> tuple[Tensor, Tensor, Any]:
+    from bitsandbytes.functional import quantize_blockwise
+
+    flat = scales.float().flatten()
+    offset = flat.mean()
+    codes, state = quantize_blockwise(flat - offset, blocksize=256)
+    return codes, offset, state
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
@@ -269,8 +339,8 @@ def _matrix(layer: Any) -> Tensor:
     return weight.T.contiguous() if is_conv1d(layer) else weight
 
 
-def _in_place_of(old: Any, new: Any) -> nn.Module:
-    new.bias = old.bias
+def _in_place_of(old: Any, new: Any, weight: Any) -> nn.Module:
+    new.weight, new.bias = weight, old.bias
     return frozen(new.to(old.weight.device))
 
 

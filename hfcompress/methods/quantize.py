@@ -4,14 +4,20 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
+from hfcompress.calibration.allocation import least_harm
+from hfcompress.calibration.batches import MakeBatches
+from hfcompress.calibration.codes import Stage
+from hfcompress.calibration.formats import BitsAndBytes4, BitsAndBytes8, Format, Ours
+from hfcompress.calibration.grid import Codes, Grid
+from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes
+from hfcompress.calibration.second_moments import DAMPING
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.layers import features
-from hfcompress.layers.bitsandbytes import coded, codes_fit
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear, mismatch
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery.modules import check_editable, swap
@@ -23,12 +29,15 @@ log = logging.getLogger("hfcompress")
 class Quantize(Method):
     """Store linear layers, and embeddings if asked for, as 8- or 4-bit codes.
 
-    Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters and what heal names may train.
+    Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters and what heal names may train;
+        calibration data, if calibrate is more than scales, or if a target decides the bits.
     Buys: a quarter (8 bits) or an eighth (4 bits) of the float32 size of the layers; time with engine hfcompress in 8 bits,
-        where the processor multiplies bytes (hfcompress doctor tells).
-    Costs: half a step of rounding a weight, at most; time, where unpacking outweighs the smaller reads (see the report).
+        where the processor multiplies bytes.
+    Costs: half a step of rounding a weight, at most, if not calibrated; time, where unpacking outweighs the smaller reads (see
+        the report).
     Paper: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314); rows of inputs rounded as they
-        come: Yao et al. 2022, ZeroQuant (arXiv 2206.01861)
+        come: Yao et al. 2022, ZeroQuant (arXiv 2206.01861); feedback: Frantar et al. 2022, GPTQ (arXiv 2210.17323); rounding:
+        Behdin et al. 2023, QuantEase (arXiv 2309.01885); targets: Dong et al. 2020, HAWQ-V2 (arXiv 1911.03852)
     """
 
     edits: ClassVar[frozenset[str]] = frozenset({"codes"})
@@ -42,6 +51,9 @@ class Quantize(Method):
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="bitsandbytes, 4 bits: which sixteen values codes stand for.")
     use_double_quant: bool = Field(
         True, description="bitsandbytes, 4 bits: quantise the scales as well (0.4 bits a weight less)."
+    )
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        64, description="bitsandbytes, 4 bits: how many weights of a row share a scale."
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="bitsandbytes, 4 bits: the dtype to multiply in; that of the input if absent."
@@ -59,9 +71,25 @@ class Quantize(Method):
     bits_pattern: dict[str, Literal[16, 8, 4]] = Field(
         {}, description="Suffixes of module names, or regular expressions, to bits of their own; 16 leaves them dense."
     )
+    target_bits: float | None = Field(
+        None,
+        gt=0,
+        description="Bits a weight on average, scales included: layers get 4 or 8, or stay dense, by their harm.",
+    )
+    target_megabytes: float | None = Field(
+        None, gt=0, description="The same for what the whole model takes on disk, in 1e6 bytes."
+    )
     embeddings: Literal[8, 4] | None = Field(
         None, description="Bits of input and output embeddings, tied or not, in hfcompress' layers; dense if absent."
     )
+    calibrate: Literal["scales", "diagonal", "feedback", "rounding", True, False] = Field(
+        False,
+        description="Choose codes by what they do, at the same size. scales: scales of least squared error, without data; "
+        "diagonal: the same, columns weighted by what they multiply on samples; feedback, or true: then each column makes up "
+        "for the rounding of those before it (GPTQ); rounding: then each code once more beside all others.",
+    )
+    samples: int = Field(128, ge=1, description="Of calibrate and targets: training examples to look at.")
+    damping: float = Field(DAMPING, ge=0, description="Of calibrate: the ridge, as a share of the mean second moment.")
     target_modules: list[str] | None = Field(None, description="Suffixes of module names; all linear layers if absent.")
     skip_modules: list[str] = Field(
         [], description="Suffixes to leave alone, beside task heads and tied embeddings, which are left alone by default."
@@ -69,52 +97,96 @@ class Quantize(Method):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Quantize:
-        given, theirs = self.model_fields_set, self.engine == "bitsandbytes"
-        kinds = {self.bits, *self.bits_pattern.values()} - {16}
-        for names, fits, want in (
-            ({"quant_type", "use_double_quant", "compute_dtype"}, theirs and 4 in kinds, "bits: 4 with engine: bitsandbytes"),
-            ({"threshold"}, theirs and 8 in kinds, "bits: 8 with engine: bitsandbytes"),
-            ({"group_size", "symmetric"}, not theirs, "engine: hfcompress"),
-        ):
-            if (strange := names & given) and not fits and any(getattr(self, name) != _DEFAULTS[name] for name in strange):
-                told = ", ".join(sorted(strange))
-                raise ValueError(f"{told} belong{'s' * (len(strange) == 1)} to {want}; remove {told} or set {want}")
+        given, ours = self.model_fields_set, self.engine == "hfcompress"
+        four = sorted({"quant_type", "use_double_quant", "blocksize", "compute_dtype"} & given)
+        eight, grouped = sorted({"threshold"} & given if self.threshold else ()), sorted({"group_size", "symmetric"} & given)
+        if ours and (theirs := four + eight):
+            raise ValueError(f"{', '.join(theirs)} belong to engine: bitsandbytes; remove them or set engine: bitsandbytes")
+        if not ours and grouped:
+            raise ValueError(f"{', '.join(grouped)} belong to engine: hfcompress; remove them or set engine: hfcompress")
+        if four and 4 not in self._possible_bits:
+            raise ValueError(f"{', '.join(four)} belong to bits: 4; remove them or set bits: 4")
+        if eight and 8 not in self._possible_bits:
+            raise ValueError("threshold belongs to bits: 8; remove it or set bits: 8")
+        if not ours and 4 not in self._possible_bits and self.calibrate:
+            raise ValueError(
+                "calibrate chooses codes of 4 bits, and those of 8 bits are bitsandbytes' own, a scale for a whole row; remove "
+                "calibrate or set bits: 4"
+            )
+        idle = {"damping"} | (set() if self._has_target else {"samples"})
+        if (idle := idle & given) and self._stage in NEED_NO_DATA:
+            raise ValueError(
+                f"{' and '.join(sorted(idle))} belong to calibrate: diagonal, feedback or rounding; set one of "
+                f"these, or remove what belongs to it"
+            )
+        if self._has_target and (several := sorted({"bits", "bits_pattern", "target_bits", "target_megabytes"} & given))[1:]:
+            raise ValueError(f"{' and '.join(several)} decide the same; leave one of them")
         return self
+
+    @property
+    def _stage(self) -> Stage:
+        return self.calibrate if isinstance(self.calibrate, str) else "feedback" if self.calibrate else "plain"
+
+    @property
+    def _has_target(self) -> bool:
+        return self.target_bits is not None or self.target_megabytes is not None
+
+    @property
+    def _possible_bits(self) -> set[int]:
+        return {4, 8} if self._has_target else {self.bits, *self.bits_pattern.values()}
 
     @property
     def computes_in(self) -> str | None:
         return self.compute_dtype
 
+    @property
+    def wants_labels(self) -> bool:
+        return self._has_target
+
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
         check_editable(model, "quantize")
-        linears, tables = self._targets(model), self._tables(model)
-        for name, bits in linears.items():
-            swap(model, name, self.quantized(model.get_submodule(name), bits))
-        for names in tables:
-            self._code_tables(model, names)
+        names, tables = self._targets(model), self._tables(model)
+        batches = self._batches(model, task)
+        if self._has_target:
+            formats = self._within_target(model, names, tables, batches)
+        else:
+            formats = self._fitting(model, self._bits_of(names))
+        for group in tables:
+            self._code_tables(model, group)
+        self._code_linears(model, formats, batches)
 
-    def _targets(self, model: Any) -> dict[str, int]:
-        """Names of linear layers to their bits."""
+    def _batches(self, model: nn.Module, task: Any) -> MakeBatches | None:
+        if task is not None and getattr(task, "has_data", True):
+            return lambda: task.batches(model, self.samples)
+        if self._has_target:
+            raise CompressionError(
+                "quantize: a target needs calibration data, with labels, to tell which layers the loss feels; give a task or "
+                "batches, or choose bits."
+            )
+        if self._stage not in NEED_NO_DATA:
+            raise CompressionError(
+                f"quantize: calibrate: {self._stage} needs calibration data; give a task or batches, with or without labels, "
+                f"or choose calibrate: scales."
+            )
+        return None
+
+    def _targets(self, model: Any) -> list[str]:
         possible = codable(model)
         if not possible:
             raise CompressionError("quantize: no dense linear layer is left in the model; it is quantised already.")
         chosen = possible if self.target_modules is None else matching(model, self.target_modules, possible, "quantize")
         skipped = set(matching(model, self.skip_modules, possible, "quantize")) if self.skip_modules else set()
-        bits: dict[str, int] = dict.fromkeys(chosen, self.bits)
-        for pattern, own in self.bits_pattern.items():
-            bits |= dict.fromkeys(self._named_by(pattern, chosen), own)
-        skipped |= {name for name, own in bits.items() if own == 16}
         if chosen and skipped.issuperset(chosen):
             raise CompressionError("quantize: skip_modules leaves no layer to quantise; take some out of it.")
-        fitting = {name: own for name, own in bits.items() if name not in skipped and self._fits(model, name, own)}
-        if chosen and not fitting:
-            raise CompressionError(
-                "quantize: 4 bits need in_features in multiples of 64 and out_features of 32, and no chosen layer has them; "
-                "prune with a round_to that keeps them, or choose bits: 8."
-            )
-        return fitting
+        return [name for name in chosen if name not in skipped]
+
+    def _bits_of(self, names: list[str]) -> dict[str, int]:
+        bits: dict[str, int] = dict.fromkeys(names, self.bits)
+        for pattern, own in self.bits_pattern.items():
+            bits |= dict.fromkeys(self._named_by(pattern, names), own)
+        return {name: own for name, own in bits.items() if own != 16}
 
     def _named_by(self, pattern: str, names: list[str]) -> list[str]:
         """As PEFT reads the keys of its `rank_pattern`: suffixes of names, or regular expressions for them."""
@@ -130,18 +202,73 @@ class Quantize(Method):
             )
         return found
 
-    def _fits(self, model: nn.Module, name: str, bits: int) -> bool:
-        layer = model.get_submodule(name)
+    def _format(self, bits: int) -> Format:
         if self.engine == "hfcompress":
-            if wrong := mismatch(features(layer)[0], bits, self._group(bits)):
-                raise CompressionError(f"quantize: {name}: {wrong}; choose that, or leave the layer out by skip_modules.")
-        elif not codes_fit(layer, bits):
-            log.info("quantize: %s left alone: 4-bit kernels need (64n, 32m) features, it has %s", name, features(layer))
-            return False
-        return True
+            return Ours(bits, self._group(bits), self.symmetric)
+        if bits == 8:
+            return BitsAndBytes8(self.threshold)
+        return BitsAndBytes4(self.quant_type, self.use_double_quant, self.compute_dtype, self.blocksize)
 
     def _group(self, bits: int) -> int | None:
         return self.group_size or (32 if bits == 4 else None)
+
+    def _fitting(self, model: nn.Module, bits: dict[str, int]) -> dict[str, Format]:
+        """How each layer is stored; what bitsandbytes' kernels can't read is left dense, and a line says so."""
+        found: dict[str, Format] = {}
+        for name, own in bits.items():
+            storing = self._format(own)
+            wrong = storing.misfit(model.get_submodule(name))
+            if wrong and self.engine == "hfcompress":
+                raise CompressionError(f"quantize: {name}: {wrong}; choose that, or leave the layer out by skip_modules.")
+            if wrong:
+                log.info("quantize: %s left alone: %s", name, wrong)
+            else:
+                found[name] = storing
+        if bits and not found:
+            raise CompressionError(
+                f"quantize: 4 bits need in_features in multiples of {max(64, self.blocksize)} and out_features of 32, and no "
+                f"chosen layer has them; prune with a round_to that keeps them, or choose bits: 8."
+            )
+        return found
+
+    def _within_target(
+        self, model: nn.Module, names: list[str], tables: list[list[str]], batches: MakeBatches | None
+    ) -> dict[str, Format]:
+        coded = {name: layer for group in tables for name, layer in self._coded_tables(model, group).items()}
+        return least_harm(
+            model,
+            names,
+            {bits: self._format(bits) for bits in (4, 8)},
+            batches,
+            target_bits=self.target_bits,
+            target_bytes=None if self.target_megabytes is None else self.target_megabytes * 1e6,
+            coded=coded,
+        )
+
+    def _code_linears(self, model: nn.Module, formats: dict[str, Format], batches: MakeBatches | None) -> None:
+        grids = {name: storing.grid(model.get_submodule(name)) for name, storing in formats.items()}
+        chosen = [name for name in formats if self.calibrate and grids[name] is not None]
+        biases: dict[str, Any] = {}
+
+        def grid_of(layer: nn.Module) -> Grid:
+            return by_layer[id(layer)]
+
+        def put(name: str, found: Codes) -> None:
+            new: Any = formats[name].of_codes(model.get_submodule(name), found)
+            biases[name] = new.bias
+            new.bias = deepcopy(new.bias)  # which bitsandbytes casts to compute_dtype, in place, whenever the layer runs
+            swap(model, name, new)
+
+        for name in formats:
+            if name not in chosen:
+                swap(model, name, formats[name].rounded(model.get_submodule(name)))
+        by_layer: dict[int, Any] = {id(model.get_submodule(name)): grids[name] for name in chosen}
+        if chosen:
+            asked = f"quantize: calibrate: {self._stage}"
+            calibrated_codes(model, chosen, grid_of, batches, self._stage, put, self.damping, asked)
+        for name, bias in biases.items():
+            layer: Any = model.get_submodule(name)
+            layer.bias = bias
 
     def _tables(self, model: Any) -> list[list[str]]:
         """Embeddings to code, those that share a weight together."""
@@ -155,27 +282,22 @@ class Quantize(Method):
         return found
 
     def _code_tables(self, model: nn.Module, names: list[str]) -> None:
-        """Codes of a table, or of several layers that go on sharing them."""
-        bits, shared = self.embeddings or 8, None
-        for name in names:
-            old: Any = model.get_submodule(name)
-            wide, group = old.weight.shape[1], self._group(bits)
-            group = None if mismatch(wide, bits, group) else group
-            kind = QuantEmbedding.from_dense if isinstance(old, nn.Embedding) else QuantLinear.from_linear
-            new: Any = kind(old, bits, group, self.symmetric)
-            shared = shared or new
-            new.weight = shared.weight  # one tensor in memory and on disk, which is tied again when it is loaded
+        for name, new in self._coded_tables(model, names).items():
             swap(model, name, new)
 
-    def quantized(self, layer: nn.Module, bits: int | None = None) -> nn.Module:
-        """The low-bit twin of a Linear or Conv1D, on the same device."""
-        bits = bits or self.bits
-        if self.engine == "hfcompress":
-            return QuantLinear.from_linear(layer, bits, self._group(bits), self.symmetric)
-        if bits == 8:
-            return coded(layer, 8, threshold=self.threshold)
-        four = {"quant_type": self.quant_type, "use_double_quant": self.use_double_quant, "compute_dtype": self.compute_dtype}
-        return coded(layer, 4, **four)
+    def _coded_tables(self, model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+        """What takes the place of a table, or of several layers, which go on sharing their codes: one tensor in memory and on
+        disk, which is tied again when it is loaded."""
+        bits, found = self.embeddings or 8, dict[str, Any]()
+        for name in names:
+            old: Any = model.get_submodule(name)
+            group = self._group(bits)
+            group = None if mismatch(old.weight.shape[1], bits, group) else group
+            of_dense = QuantEmbedding.from_dense if isinstance(old, nn.Embedding) else QuantLinear.from_linear
+            found[name] = of_dense(old, bits, group, self.symmetric)
+            found[name].weight = found[names[0]].weight
+        return found
 
-
-_DEFAULTS = {name: field.default for name, field in Quantize.model_fields.items()}
+    def quantized(self, layer: nn.Module) -> nn.Module:
+        """The low-bit twin of a Linear or Conv1D, on the same device, in `bits`."""
+        return self._format(self.bits).rounded(layer)
