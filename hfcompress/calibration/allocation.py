@@ -106,9 +106,10 @@ def least_harm(
     found = allocated(decisions, budget)
     if found is None:
         least = sum(min(choice.cost for choice in choices) for choices in decisions)
-        told = (f"target_bits: {target_bits:g}", f"{8 * least / weights:.3g} bits")
-        if target_bytes is not None:
-            told = (f"target_megabytes: {target_bytes / 1e6:g}", f"{(others + least) / 1e6:.4g} MB")
+        if target_bytes is None:
+            told = f"target_bits: {target_bits:g}", f"{8 * least / weights:.3g} bits"
+        else:
+            told = f"target_megabytes: {target_bytes / 1e6:g}", f"{(others + least) / 1e6:.4g} MB"
         raise CompressionError(
             f"quantize: {told[0]} can't be met: with the fewest bits that fit it takes {told[1]}; choose that or more, code "
             f"the embeddings as well, or cut the model before."

@@ -477,7 +477,7 @@ def test_list_copy_validate_schema(tmp_path: Path) -> None:
     assert typed("copy", "quickstart", str(tmp_path / "mine.yaml")).returncode == 0
     assert (tmp_path / "mine.yaml").read_bytes() == shipped_recipes()["quickstart"].read_bytes()
     assert "exists; choose another name" in typed("copy", "quickstart", str(tmp_path / "mine.yaml")).stderr
-    assert typed("validate", str(tmp_path / "mine.yaml"), "seed=3").stdout.startswith("valid: 7 steps")
+    assert typed("validate", str(tmp_path / "mine.yaml"), "seed=3").stdout.startswith("valid: 6 steps")
     bad = typed("validate", str(tmp_path / "mine.yaml"), "sead=3", "steps.1.prune_heads.ratio=3")
     assert bad.returncode == 1 and len(bad.stderr.strip().splitlines()) == 2
     assert json.loads(typed("schema").stdout)["title"] == "hfcompress recipe"
