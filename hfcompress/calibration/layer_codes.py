@@ -122,8 +122,9 @@ def _tell_short(model: nn.Module, told: list[CodedLayer], asked: str) -> None:
     """Second moments of fewer tokens than columns are not of full rank: the ridge decides what they don't."""
     short = [one for one in told if 0 < one.tokens < _columns(model, one)]
     if short:
-        line = "%s: %s reads %d columns and saw %d tokens, as did others, %d in all; more samples make better codes."
-        log.warning(line, asked, short[0].name, _columns(model, short[0]), short[0].tokens, len(short))
+        line = "%s: %d of %d layers saw too few tokens (%s reads %d columns and saw %d tokens); give more samples."
+        first = short[0]
+        log.warning(line, asked, len(short), len(told), first.name, _columns(model, first), first.tokens)
 
 
 def _columns(model: nn.Module, layer: CodedLayer) -> int:
