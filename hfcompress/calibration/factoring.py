@@ -66,7 +66,7 @@ def by_outputs(
     tables = [name for name in names if isinstance(dense[name], nn.Embedding)]
     for name, counts in _counted(model, tables, batches).items():
         # One more of each: a token that the samples lack may come yet.
-        then(name, Found(components(matrix_of(dense[name]), (counts + 1) / (counts + 1).mean())))
+        then(name, Found(components(matrix_of(dense[name]), (counts + 1) / (counts + 1).sum())))
     linears = [name for name in names if name not in tables]
     alike = _reading_alike(model, linears, batches) if linears else {}
 

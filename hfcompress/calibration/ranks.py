@@ -18,12 +18,16 @@ class Curve:
     """losses[r]: of rank r, from 0 to that at which two factors are no longer smaller than the matrix; never rising."""
 
     @classmethod
-    def of(cls, shape: tuple[int, int], energies: Tensor) -> Curve:
-        """The loss is minus the logarithm of the share of the energy that stays. `energies`: of its components, descending.
+    def of(cls, shape: tuple[int, int], energies: Tensor, sensitivity: float | None = None) -> Curve:
+        """`energies`: of its components, descending. `sensitivity`: how much the model's loss rises with the mean squared error
+        of what the layer says, if that is known.
 
-        A share, as layers differ in scale and the norms that follow undo that; its logarithm, as shares multiply along the
-        depth: a layer of which next to nothing stays breaks the model, whatever the others keep.
+        Else the loss is minus the logarithm of the share of the energy that stays: a share, as layers differ in scale and the
+        norms that follow undo that; its logarithm, as shares multiply along the depth.
         """
+        if sensitivity is not None:
+            tail = energies.flip(0).cumsum(0).flip(0) * sensitivity  # summed from the end, where they are small
+            return cls(shape, [*tail.tolist(), 0.0][: pays_up_to(shape) + 1])
         kept = energies.cumsum(0)[: pays_up_to(shape)] / energies.sum().clamp_min(1e-300)
         return cls(shape, [math.inf, *(-kept.clamp(1e-300, 1).log()).tolist()])
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -13,11 +14,12 @@ from hfcompress.calibration.factoring import Found, Then, by_outputs, by_weights
 from hfcompress.calibration.processes import agreed
 from hfcompress.calibration.ranks import Curve, pays_up_to, ranks_within
 from hfcompress.calibration.second_moments import DAMPING
+from hfcompress.calibration.sensitivity import output_sensitivity
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import features, kind_of
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery.modules import check_editable, is_gated, swap
+from hfcompress.surgery.modules import check_editable, in_float32, is_gated, swap
 from hfcompress.surgery.targets import body_linears, check_unshared, matching, sharing
 
 log = logging.getLogger("hfcompress")
@@ -54,7 +56,7 @@ class LowRank(Method):
     ranking: Literal["layer", "global"] = Field(
         "layer",
         description="layer: every layer keeps the same share; global: all compete for one budget, the ratio of all their "
-        "parameters, and those that lose more than they save stay dense.",
+        "parameters, and some stay dense; with whiten, by what the loss feels of their errors if there are labels.",
     )
     repair: bool = Field(
         False, description="With whiten: aim at what each layer said in the model as it came, of the inputs that it reads now."
@@ -143,9 +145,16 @@ class LowRank(Method):
     def _shared(self, model: nn.Module, names: list[str], batches: MakeBatches | None) -> dict[str, int | None]:
         """The rank of each layer under one budget, None for one that stays dense."""
         curves: dict[str, Curve] = {}
+        felt = None
+        if batches is not None:
+            with in_float32(model, (torch.float16,)):  # whose gradients vanish
+                felt = output_sensitivity(model, names, batches, "low_rank: whiten")
+            if felt is None:
+                log.info("low_rank: the data give no loss; layers are compared by the share of what they say that stays")
 
         def note(name: str, found: Found) -> None:
-            curves[name] = Curve.of(features(model.get_submodule(name)), agreed(found.components.energies))
+            shape = features(model.get_submodule(name))
+            curves[name] = Curve.of(shape, agreed(found.components.energies), None if felt is None else felt[name])
 
         self._each(model, names, batches, note, writes=False)
         total = sum(curve.dense for curve in curves.values())

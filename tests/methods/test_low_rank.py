@@ -16,6 +16,7 @@ from hfcompress.calibration.activation_svd import components, damped
 from hfcompress.calibration.factoring import _reading_alike, matrix_of
 from hfcompress.calibration.paired import Pair
 from hfcompress.calibration.ranks import Curve, pays_up_to, ranks_within
+from hfcompress.calibration.sensitivity import output_sensitivity
 from hfcompress.checkpoint.artifact import save
 from hfcompress.layers import kind_of
 from hfcompress.surgery.targets import body_linears
@@ -213,6 +214,38 @@ def test_half_precision_stays_and_is_finite(dtype: torch.dtype) -> None:
         LowRank(ratio=0.5, ranking="global", repair=True, **WHITE).run(model, FewBatches(kind))
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         assert logits(model, kind).isfinite().all()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_sensitivity_is_the_squared_gradient_of_what_a_layer_says(trained: bool) -> None:
+    model, task = tiny_model("llama").requires_grad_(trained), FewBatches("llama")
+    names = body_linears(model)
+    found = output_sensitivity(model, names, lambda: task.batches(model, 16), "a test")
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None and parameter.requires_grad == trained for parameter in model.parameters())
+    model.requires_grad_(True)
+    for name in names[:3]:
+        total, said = 0.0, list[Tensor]()
+        hook = model.get_submodule(name).register_forward_hook(lambda _, __, out, said=said: said.append(out))
+        for batch in task.batches(model, 16):
+            (slope,) = torch.autograd.grad(model(**batch).loss, said.pop())
+            total += float(slope.square().sum() / slope.shape[-1])
+        hook.remove()
+        assert found is not None and found[name] == pytest.approx(total, rel=1e-4) and total > 0
+    assert output_sensitivity(model, names, lambda: Examples().batches(model, 16), "a test") is None, "these have no labels"
+
+
+def test_what_the_loss_does_not_feel_is_factored_first() -> None:
+    """The first layer's value projection is of no use here, as nothing reads it; by shares alone it would count like any."""
+    kept = {}
+    for name, task in {"labels": FewBatches("llama"), "no labels": Examples()}.items():
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.mul_(1e-3)
+        LowRank(ratio=0.6, ranking="global", **WHITE).run(model, task)
+        layer: Any = model.model.layers[0].self_attn.v_proj
+        kept[name] = layer.rank if kind_of(layer) == "low_rank_linear" else 32
+    assert kept["labels"] <= 2 < kept["no labels"]
 
 
 def test_layers_that_read_one_tensor_share_its_moments() -> None:
