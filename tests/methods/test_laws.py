@@ -33,6 +33,7 @@ from hfcompress.methods import (
     PruneVocab,
     PruneWeights,
     Quantize,
+    QuantizeCache,
     Student,
     riding,
 )
@@ -78,6 +79,7 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Quantize(4, quant_type="fp4", use_double_quant=False),
         Quantize(8, threshold=6.0),
     ],
+    "quantize_cache": [QuantizeCache()],
     "cast": [Cast(), Cast("float16")],
     "student": [
         Student(every=2),
@@ -91,12 +93,13 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Distill(["me/one", "me/two"], terms=["task", {"kl": 0.5}, {"hidden_mse": {"layers": {0: 1}, "embeddings": True}}]),
     ],
 }
-# What needs training does nothing alone, and the models here have no experts: their laws are tests of their own.
+# What needs training does nothing alone, the models here have no experts, and encoders no cache: their laws are tests of
+# their own.
 ROWS = [
     method
     for methods in METHOD_ROWS.values()
     for method in methods
-    if not method.needs_training and not isinstance(method, PruneExperts)
+    if not method.needs_training and not isinstance(method, PruneExperts | QuantizeCache)
 ]
 
 
