@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import PruneVocab as PruneVocab
     from hfcompress.methods import PruneWeights as PruneWeights
     from hfcompress.methods import Quantize as Quantize
+    from hfcompress.methods import QuantizeCache as QuantizeCache
     from hfcompress.methods import Student as Student
     from hfcompress.methods import riding as riding
     from hfcompress.run.callback import CompressionCallback as CompressionCallback
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "Adapters",
     "Heal",
     "Quantize",
+    "QuantizeCache",
     "Cast",
     "Student",
     "CompressionError",

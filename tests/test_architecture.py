@@ -45,7 +45,7 @@ ONLY_IN = {
     },
     "evaluate": {"tasks.metrics"},
     "matplotlib": {"results.plot"},
-    "peft": {"methods.adapters", "checkpoint.artifact"},
+    "peft": {"methods.adapters", "surgery.lora", "checkpoint.artifact"},
     "bitsandbytes": {"layers.bitsandbytes"},
 }
 LINES, FUNCTION_LINES = 365, 60

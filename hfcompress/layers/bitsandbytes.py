@@ -216,6 +216,11 @@ def frozen(layer: Any) -> nn.Module:
     return layer.requires_grad_(False)
 
 
+def is_repacked(layer: Any) -> bool:
+    """Whether bitsandbytes has repacked its codes for the CPU, which it does at a forward: nothing else can read them then."""
+    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
 def forget_compute_dtype(layer: Any, dtype: torch.dtype) -> None:
     """A plain bitsandbytes config names a compute dtype even of layers that follow their input: the model's own. Such a layer
     follows it again, so that a model which is loaded and cast is the one that was cast without."""
@@ -351,7 +356,12 @@ def _follow(layer: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _flatten(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """bitsandbytes 0.50 gives an input of more than three dimensions back as a matrix: (..., in) goes in as (rows, in)."""
+    """bitsandbytes 0.50 gives an input of more than three dimensions back as a matrix: (..., in) goes in as (rows, in).
+
+    And codes that were moved after the first forward, as peft's DoRA does on CPUs, came without their scales.
+    """
+    if layer.weight.CB is not None and layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
     layer._leading = inputs[0].shape[:-1] if inputs[0].dim() > 3 else None
     layer._many_dims |= layer._leading is not None
     return inputs if layer._leading is None else (inputs[0].flatten(0, -2), *inputs[1:])

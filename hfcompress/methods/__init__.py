@@ -13,6 +13,7 @@ from hfcompress.methods.prune_neurons import PruneNeurons
 from hfcompress.methods.prune_vocab import PruneVocab
 from hfcompress.methods.prune_weights import PruneWeights
 from hfcompress.methods.quantize import Quantize
+from hfcompress.methods.quantize_cache import QuantizeCache
 from hfcompress.methods.riding import riding
 from hfcompress.methods.student import Student
 
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
         Adapters,
         Heal,
         Quantize,
+        QuantizeCache,
         Cast,
         Student,
     )

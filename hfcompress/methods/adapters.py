@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import holds_codes, kind_of
+from hfcompress.layers.bitsandbytes import frozen, is_repacked
 from hfcompress.methods.base import Method, Tick
+from hfcompress.surgery.lora import (
+    Split,
+    adapted,
+    merge,
+    restore_split,
+    split_weights,
+    start_from_codes,
+    weights_back_on_error,
+)
 from hfcompress.surgery.modules import HALVES, check_editable, in_float32
 from hfcompress.surgery.targets import base_of, check_unshared, sharing
+
+INITS = re.compile(r"gaussian|loftq|pissa(_niter_[1-9]\d{0,3})?")
 
 
 class Adapters(Method):
@@ -19,8 +32,10 @@ class Adapters(Method):
 
     Needs: training around it.
     Buys: healing of a model that is too big, or too quantised, to train.
-    Costs: when merged into 4-bit layers, the merged weights are rounded to 4 bits again.
-    Paper: Hu et al. 2021, LoRA (arXiv 2106.09685); Dettmers et al. 2023, QLoRA (arXiv 2305.14314)
+    Costs: when merged into codes, the merged weights are rounded once more (merge: dense leaves them dense); pissa keeps a copy
+    of what it adapts in the CPU's memory, loftq the original.
+    Paper: Hu et al. 2021, LoRA (arXiv 2106.09685); Dettmers et al. 2023, QLoRA (arXiv 2305.14314); DoRA (2402.09353); rsLoRA
+    (2312.03732); PiSSA (2404.02948); LoftQ (2310.08659)
     """
 
     edits: ClassVar[frozenset[str]] = frozenset({"adapter"})
@@ -36,11 +51,40 @@ class Adapters(Method):
     modules_to_save: list[str] | None = Field(
         None, description="As in PEFT: modules trained whole; the head of a classifier and its like if absent, [] for none."
     )
-    merge: bool = Field(True, description="Merge into the weights when training ends; false keeps an adapter that PEFT loads.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead, which large ranks need.")
+    use_dora: bool = Field(False, description="Train the length of each output's weights apart from their direction (DoRA).")
+    init_lora_weights: bool | str = Field(
+        True,
+        description="true, gaussian: adapters start at zero; pissa, pissa_niter_N: at the largest singular values of dense "
+        "weights (N rounds of a faster SVD); loftq: at what rounding the original to codes took away.",
+    )
+    merge: bool | Literal["dense"] = Field(
+        True,
+        description="Merge into the weights when training ends, codes being coded again; dense leaves dense layers where "
+        "adapted codes were; false keeps an adapter that PEFT loads.",
+    )
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _known_start(cls, value: Any) -> Any:
+        if value is not True and not (isinstance(value, str) and INITS.fullmatch(value)):
+            raise ValueError("possible are true, gaussian, pissa, pissa_niter_N with N rounds, and loftq")
+        return value
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _known_end(cls, value: Any) -> Any:
+        if not isinstance(value, bool) and value != "dense":
+            raise ValueError("possible are true, false and dense")
+        return value
 
     @property
     def keeps_adapter(self) -> bool:
-        return not self.merge
+        return self.merge is False
+
+    @property
+    def wants_original(self) -> bool:
+        return self.init_lora_weights == "loftq"
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
@@ -48,21 +92,26 @@ class Adapters(Method):
             raise CompressionError("adapters: the model has an adapter already; merge it first, or list adapters once.")
         check_editable(model, "adapters")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._put_in(model)
-        heads: list[Any] = [module for module in model.modules() if hasattr(module, "modules_to_save")]
-        with _heads_in_float32([head.modules_to_save["default"] for head in heads]):
-            yield None
-        if self.merge:
-            merge(model)
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        _freeze_codes(model)
+        with weights_back_on_error(model) as splits:
+            self._put_in(model, task, splits)
+            heads: list[Any] = [module for module in model.modules() if hasattr(module, "modules_to_save")]
+            with _heads_in_float32([head.modules_to_save["default"] for head in heads]):
+                yield None
+            if self.merge:
+                merge(model, dense=self.merge == "dense")
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+            else:
+                restore_split(model, splits)
 
-    def _put_in(self, model: Any) -> None:
+    def _put_in(self, model: Any, task: Any, splits: dict[str, Split]) -> None:
         from peft import LoraConfig
 
         whole = task_heads(model, self.target_modules) if self.modules_to_save is None else self.modules_to_save
         inside = [name for name, module in model.named_modules() if kind_of(module) and _is_within(name, whole)]
         model.requires_grad_(False)
+        start = str(self.init_lora_weights)
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -70,13 +119,42 @@ class Adapters(Method):
             target_modules=self.target_modules,
             modules_to_save=whole or None,
             exclude_modules=inside or None,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights="gaussian" if start == "gaussian" else True,
         )
         with _low_bit_seen(model):
             try:
                 model.add_adapter(config)
             except ValueError as error:
                 raise CompressionError(f"adapters: target_modules {self.target_modules!r}: {error}") from error
-        check_unshared(model, [f"{name}.base_layer" for name in adapted(model)], "adapters")
+        layers = adapted(model)
+        check_unshared(model, [f"{name}.base_layer" for name in layers], "adapters")
+        for layer in layers.values():  # as get_peft_model does and add_adapter does not: half precision loses most updates
+            for name, parameter in layer.named_parameters():
+                if not name.startswith("base_layer.") and parameter.dtype in HALVES:
+                    parameter.data = parameter.data.float()
+        if self.merge == "dense" and not any(holds_codes(layer.get_base_layer()) for layer in layers.values()):
+            raise CompressionError(
+                "adapters: merge: dense makes dense layers of codes, and no adapted layer holds codes; set merge: true."
+            )
+        if start == "loftq":
+            start_from_codes(model, getattr(task, "original", None))
+        elif start.startswith("pissa"):
+            split_weights(model, start, splits)
+            config.init_lora_weights = self.init_lora_weights  # type: ignore[assignment]  # what a checkpoint of it is loaded on
+
+
+def _freeze_codes(model: nn.Module) -> None:
+    """Codes that transformers loaded, as ours: off bitsandbytes' path that repacks them for inference at the first forward."""
+    for name, module in model.named_modules():
+        if holds_codes(module):
+            if is_repacked(module):
+                raise CompressionError(
+                    f"adapters: bitsandbytes repacked the codes of {name} for inference at the model's first forward, and "
+                    f"gradients and merging would be wrong; load the model again, and train before anything else runs it."
+                )
+            frozen(module)
 
 
 def task_heads(model: Any, targets: str | list[str]) -> list[str]:
@@ -105,13 +183,6 @@ def _is_within(name: str, modules: list[str]) -> bool:
     return any(f".{module}." in f".{name}." for module in modules)
 
 
-def adapted(model: nn.Module) -> list[str]:
-    """Names of the layers that adapters stand on."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-
-
 @contextmanager
 def _heads_in_float32(heads: list[nn.Module]) -> Iterator[None]:
     """Modules of half precision that are trained whole, in float32 while they are, as PEFT holds its adapters."""
@@ -138,27 +209,3 @@ def _low_bit_seen(model: Any) -> Iterator[None]:
     finally:
         for name, value in told.items():
             setattr(model, name, value)
-
-
-def merge(model: Any) -> None:
-    """Put the base layers back in place of PEFT's, with the adapters merged in. On an error no base layer has changed."""
-    from peft.utils import ModulesToSaveWrapper
-
-    layers = {name: model.get_submodule(name) for name in adapted(model)}
-    before = [(one, one.data) for layer in layers.values() for one in layer.get_base_layer().parameters(recurse=False)]
-    try:
-        for layer in layers.values():
-            layer.merge(safe_merge=True)  # into a copy, which becomes the parameter's data
-    except BaseException as error:
-        for parameter, data in before:
-            parameter.data = data
-        if isinstance(error, ValueError):
-            raise CompressionError(f"adapters: {error}; nothing was merged: train with a lower learning rate.") from error
-        raise
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.get_base_layer())
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(name, module.modules_to_save["default"])
-    model._hf_peft_config_loaded = False
-    del model.peft_config

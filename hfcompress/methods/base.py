@@ -49,7 +49,7 @@ class Method(Step):
 
     edits: ClassVar[frozenset[str]] = frozenset()
     """What it changes: the `loss`; rows and columns (`units`), whole `layers` or experts, `tokens`; `values` of weights;
-    what stands in a layer's place: `factors`, `codes`, an `adapter`; the `dtype`."""
+    what stands in a layer's place: `factors`, `codes`, an `adapter`; the `dtype`; the `cache` of generation."""
     needs_dense: ClassVar[bool] = False
     """Whether it can't be applied to a model whose layers are codes."""
     needs_units: ClassVar[bool] = False

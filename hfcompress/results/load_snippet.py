@@ -33,12 +33,15 @@ def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
     auto = auto_class(config)
     loaders = {"model": auto} | _preprocessors(folder)
     with_adapter = (folder / "adapter" / "adapter_config.json").is_file()
+    cache = _cache_backend(folder)
     packages = [
         package
         for package, needed in (
             ("hfcompress", method == "hfcompress"),
             ("bitsandbytes", method == "bitsandbytes"),
             ("peft", with_adapter),
+            ("optimum-quanto", cache == "quanto"),
+            ("hqq", cache == "hqq"),
         )
         if needed
     ]
@@ -49,6 +52,14 @@ def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
     if with_adapter:
         code.append(f'model.load_adapter({quoted}, adapter_kwargs={{"subfolder": "adapter"}})')
     return "\n".join(code), packages
+
+
+def _cache_backend(folder: Path) -> str | None:
+    """Who quantises the cache of generation, where the folder asks for that; its package is needed to generate."""
+    path = folder / "generation_config.json"
+    asked = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    is_quantised = asked.get("cache_implementation") == "quantized"
+    return (asked.get("cache_config") or {}).get("backend", "quanto") if is_quantised else None
 
 
 def _preprocessors(folder: Path) -> dict[str, str]:

@@ -114,9 +114,12 @@ class CompressionCallback(Ticking):
 
     Nobody tells a callback that a training was interrupted: until its Trainer is gone, or the model is trained anew, the model
     computes and saves what it had become.
+
+    A Trainer refuses a model that was loaded in low bits until adapters are on it, before it asks any callback: give the
+    callback the model, `CompressionCallback(Adapters(), model=model)`, and it puts them on at once.
     """
 
-    def __init__(self, *methods: Method) -> None:
+    def __init__(self, *methods: Method, model: Any = None) -> None:
         for method in methods:
             if not isinstance(method, Method):
                 raise CompressionError(
@@ -128,19 +131,34 @@ class CompressionCallback(Ticking):
         self._state: Any = None
         self._phase = "new"
         self._model: Any = lambda: None
-        self._batches = Batches()
+        self._batches, self._before = Batches(), dict[str, nn.Parameter]()
         check_together(methods)
+        if model is not None:
+            self.build(None, model, None, Batches())
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
-        if self._phase != "new":
+        if self._phase != "new" and (self._phase != "given" or body_of(model) is not self._model()):
             raise CompressionError("CompressionCallback: it belongs to one Trainer already; make a new one for this Trainer.")
         self._go_first_if_called()
-        self.build(args, model, optimizer, Batches())
+        if self._phase == "given":
+            self._take_up(args, optimizer)
+        else:
+            self.build(args, model, optimizer, Batches())
+
+    def _take_up(self, args: Any, optimizer: Any = None) -> None:
+        """A Trainer has come to the model that was given."""
+        self._phase, before, self._before = "built", self._before, {}
+        with self._given_up_on_error():
+            check_riders(self._methods, args)
+            if optimizer is not None:
+                take_places(optimizer, before, self._model())
 
     def build(self, args: Any, model: Any, optimizer: Any, batches: Batches) -> None:
-        """Before an optimizer is built, or into one that is: the original is kept, new parameters are put in."""
-        self._phase, self._batches = "built", batches
-        check_riders(self._methods, args)
+        """Before an optimizer is built, or into one that is: the original is kept, new parameters are put in. `args`: the
+        Trainer's, None as long as there is none."""
+        self._phase, self._batches = "given" if args is None else "built", batches
+        if args is not None:
+            check_riders(self._methods, args)
         body = body_of(model)
         check_body(model, body, self._methods)
         self._model = ref(body)
@@ -152,6 +170,7 @@ class CompressionCallback(Ticking):
             self._enter(body, batches, adding=True)
             if optimizer is not None:
                 take_places(optimizer, before, body)
+            self._before = before if args is None else {}
             if added_by(self._methods) and not getattr(body, "peft_config", None):
                 describe(body)
 
@@ -167,6 +186,8 @@ class CompressionCallback(Ticking):
             self._go_first_if_called()
             self.build(args, model, None, Batches())
         body = body_of(model)
+        if self._phase == "given" and body is self._model():
+            self._take_up(args)
         if self._phase != "training" and body is not self._model():
             self._begin_on(args, model)
         if self._phase != "built":

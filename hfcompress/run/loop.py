@@ -36,7 +36,15 @@ from hfcompress.run.output_folder import (
     room_on_disk,
 )
 from hfcompress.run.recipe import Recipe
-from hfcompress.run.record import Tell, add_same_dtype, controls, record, reference_model, wants_original
+from hfcompress.run.record import (
+    Tell,
+    add_same_dtype,
+    controls,
+    learns_from_original,
+    record,
+    reference_model,
+    wants_original,
+)
 from hfcompress.run.train import Train, transformers_set_seed
 from hfcompress.tasks import Task
 
@@ -86,7 +94,7 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
     state, task, work = processes(), recipe.task, partial(out)
     tell(f"reading {task.dataset}")
     task.open(recipe.model)
-    if recipe.reference == 0 and wants_original(recipe) and task.head_is_new(recipe.model):
+    if recipe.reference == 0 and learns_from_original(recipe) and task.head_is_new(recipe.model):
         raise CompressionError(
             f"distill: the original, {recipe.model}, has no head for this task yet, and a random one teaches noise; "
             f"put a train step first, or name a fine-tuned teacher."
@@ -231,7 +239,7 @@ def _restore_tokens(task: Task, snapshot: Path) -> None:
 
 
 def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
-    """A copy of the original, if a step will ask for it as its teacher."""
+    """A copy of the original, if a step will ask for it: a teacher, or what codes are compared with."""
     if wants_original(recipe):
         task.keep_original(model)
 

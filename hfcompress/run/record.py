@@ -36,6 +36,12 @@ def wants_original(recipe: Recipe) -> bool:
     return any(rider.wants_original for step in recipe.steps if isinstance(step, Train) for rider in step.riders)
 
 
+def learns_from_original(recipe: Recipe) -> bool:
+    """Whether what the original says is learnt, and not just its weights compared."""
+    riders = [rider for step in recipe.steps if isinstance(step, Train) for rider in step.riders]
+    return any(rider.wants_original and rider.has_teacher for rider in riders)
+
+
 def reference_model(recipe: Recipe, task: Task, work: Path, **kwargs: Any) -> Any:
     """The model before its first compressing step, as it came or from its snapshot; `kwargs` go to `from_pretrained`."""
     path = work / f"step-{recipe.reference}" if recipe.reference else recipe.model

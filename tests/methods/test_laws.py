@@ -35,6 +35,7 @@ from hfcompress.methods import (
     PruneVocab,
     PruneWeights,
     Quantize,
+    QuantizeCache,
     Student,
     riding,
 )
@@ -91,6 +92,7 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Quantize(engine="hfcompress", target_bits=6, samples=8),
         Quantize(4, engine="hfcompress", group_size=16, symmetric=False, embeddings=4, bits_pattern={r".*\.0\..*": 8}),
     ],
+    "quantize_cache": [QuantizeCache()],
     "cast": [Cast(), Cast("float16")],
     "student": [
         Student(every=2),
@@ -105,12 +107,13 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Distill(["me/one", "me/two"], terms=["task", {"kl": 0.5}, {"hidden_mse": {"layers": {0: 1}, "embeddings": True}}]),
     ],
 }
-# What needs training does nothing alone, and the models here have no experts: their laws are tests of their own.
+# What needs training does nothing alone, the models here have no experts, and encoders no cache: their laws are tests of
+# their own.
 ROWS = [
     method
     for methods in METHOD_ROWS.values()
     for method in methods
-    if not method.needs_training and not isinstance(method, PruneExperts)
+    if not method.needs_training and not isinstance(method, PruneExperts | QuantizeCache)
 ]
 
 

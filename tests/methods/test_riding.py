@@ -189,6 +189,8 @@ def mixture() -> Any:
 
 
 def subject(key: str) -> tuple[Any, str]:
+    if key == "quantize_cache":
+        return tiny_model("llama"), "llama"
     return (mixture(), "llama") if key == "prune_experts" else (tiny_model("bert"), "bert")
 
 
