@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -167,6 +168,12 @@ class QuantLinear(Codes, nn.Linear):
     @property
     def _has_kernels(self) -> bool:
         return self.bits == 8 and self.symmetric and self.group_size is None
+
+    def recoded(self, weight: Tensor) -> QuantLinear:
+        """The same layer in nearest codes of another weight (out, in)."""
+        new = copy.deepcopy(self)
+        new.set_codes(*rounded(weight, self.bits, self.group_size, self.symmetric))
+        return new
 
     def export_form(self) -> nn.Module:
         return dense_linear(self.dequantised(), self.bias)

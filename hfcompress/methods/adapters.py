@@ -9,8 +9,9 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.layers import holds_codes, kind_of
-from hfcompress.layers.bitsandbytes import frozen, is_repacked
+from hfcompress.layers import holds_codes, kind_of, prepare
+from hfcompress.layers.bitsandbytes import is_repacked
+from hfcompress.layers.quantized import QuantLinear
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery.lora import (
     Split,
@@ -93,6 +94,7 @@ class Adapters(Method):
         check_editable(model, "adapters")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         _freeze_codes(model)
+        self._check_dora(model)
         with weights_back_on_error(model) as splits:
             self._put_in(model, task, splits)
             heads: list[Any] = [module for module in model.modules() if hasattr(module, "modules_to_save")]
@@ -104,6 +106,14 @@ class Adapters(Method):
                     parameter.requires_grad_(True)
             else:
                 restore_split(model, splits)
+
+    def _check_dora(self, model: nn.Module) -> None:
+        ours = next((name for name, module in model.named_modules() if isinstance(module, QuantLinear)), None)
+        if self.use_dora and ours is not None:
+            raise CompressionError(
+                f"adapters: use_dora: PEFT can't read the codes of {ours}, which are hfcompress' own; leave use_dora out, or "
+                f"quantize with engine: bitsandbytes."
+            )
 
     def _put_in(self, model: Any, task: Any, splits: dict[str, Split]) -> None:
         from peft import LoraConfig
@@ -154,7 +164,7 @@ def _freeze_codes(model: nn.Module) -> None:
                     f"adapters: bitsandbytes repacked the codes of {name} for inference at the model's first forward, and "
                     f"gradients and merging would be wrong; load the model again, and train before anything else runs it."
                 )
-            frozen(module)
+            prepare(module)
 
 
 def task_heads(model: Any, targets: str | list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.structure import twin
 from hfcompress.layers import KINDS, features, holds_codes, kind_of
+from hfcompress.layers.quantized import QuantLinear
 from hfcompress.surgery.modules import swap
 
 DEFAULT = "default"
@@ -202,12 +203,15 @@ def merge(model: Any, dense: bool = False) -> None:
     layers = adapted(model)
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
     coded = [name for name, base in bases.items() if holds_codes(base)] if dense else []
+    ours = [name for name, base in bases.items() if name not in coded and isinstance(base, QuantLinear)]
     before = [(base, key, one, one.data) for base in bases.values() for key, one in list(base.named_parameters(recurse=False))]
     try:
         for name in coded:
             bases[name] = _merged_dense(model, name, layers[name])
+        for name in ours:  # PEFT knows bitsandbytes' codes alone
+            bases[name] = bases[name].recoded(_merged_weight(name, layers[name]))
         for name, layer in layers.items():
-            if name not in coded:
+            if name not in (*coded, *ours):
                 layer.merge(safe_merge=True)
     except BaseException as error:
         for base, key, parameter, data in before:  # merging codes puts a new parameter there, merging floats new data
@@ -227,16 +231,22 @@ def merge(model: Any, dense: bool = False) -> None:
 
 
 @torch.no_grad()
-def _merged_dense(model: nn.Module, name: str, layer: Any) -> nn.Module:
-    """What the architecture has in place of codes, with the weight that they and the adapter compute with."""
-    base = layer.get_base_layer()
-    weight = _dequantised(base)
+def _merged_weight(name: str, layer: Any) -> Tensor:
+    """(out, in) in float32: the weight that codes and their adapter compute with."""
+    weight = _dequantised(layer.get_base_layer())
     if DEFAULT in layer.lora_variant:
         weight = layer.lora_variant[DEFAULT].merge_safe(layer, DEFAULT, weight)
     else:
         weight = weight + layer.get_delta_weight(DEFAULT).float()
     if not bool(weight.isfinite().all()):
         raise ValueError(f"NaNs detected in the merged weights of {name}")
+    return weight
+
+
+@torch.no_grad()
+def _merged_dense(model: nn.Module, name: str, layer: Any) -> nn.Module:
+    """What the architecture has in place of codes, with the weight that they and the adapter compute with."""
+    base, weight = layer.get_base_layer(), _merged_weight(name, layer)
     there = dict(twin(model).named_modules()).get(name)
     kind = "conv1d" if there is not None and kind_of(there) == "conv1d" and base.bias is not None else "linear"
     into, out = features(base)
