@@ -236,6 +236,11 @@ def test_two_processes_train_write_once_and_report_once(place: Path) -> None:
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": ("bert", {"steps.4.train.epochs": 1, "steps.3.low_rank.rank": 8}),
     "bert-cpu": ("distilbert", {"steps.2.train.epochs": 1}),
+    "encoder-int8": ("distilbert", {}),
+    "llm-4bit": (
+        "llama",
+        {"task.block_size": 32, "task.mixture": "[data, own]", "task.max_train_samples": 16, "steps.0.quantize.samples": 8},
+    ),
     "distil-half": ("distilbert", {"steps.1.train.epochs": 1}),
     "distil-task": ("distilbert", {"steps.1.train.epochs": 1}),
     "distilbert": ("bert-12", {"steps.1.train.epochs": 0.5, "steps.1.train.gradient_accumulation_steps": 4}),
