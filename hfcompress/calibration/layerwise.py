@@ -1,12 +1,13 @@
 """The layer-by-layer walk: each projection with the second moments of what it reads in the model as it is by then.
 
 What is done to a projection, those after it feel. Hidden states between layers are kept, and a layer is run again on them:
-once for each of its projections, and once more to go on. So memory is that of one layer and its activations, over the weights
-and the hidden states, which may lie on the CPU; time is that of two or three forwards, however deep the model is.
+once for each tensor that its projections read, and once more to go on. So memory is that of one layer and its activations, over
+the weights and the hidden states, which may lie on the CPU; time is that of two or three forwards, however deep the model is.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections import Counter
@@ -60,6 +61,19 @@ def layerwise(
             walk.by_layers(route, data, then, writes, offload)
 
 
+def _reading_alike(targets: list[Projection], route: Route) -> list[list[Projection]]:
+    """Neighbours that read the very same tensor, as q, k and v do: what is done to one of them, the others don't feel."""
+    groups: list[list[Projection]] = []
+    for target in targets:
+        last = groups[-1][-1] if groups else None
+        alone = target.lanes > 1 or not route.once(target.module) or target.module not in route.reads
+        if last is None or alone or last.lanes > 1 or route.reads[target.module] != route.reads.get(last.module):
+            groups.append([target])
+        else:
+            groups[-1].append(target)
+    return groups
+
+
 class _Seen(BaseException):
     """Raised where a projection has been read as often as it will be, to leave the forward."""
 
@@ -78,10 +92,11 @@ class _Walk:
         replay = Replay(self.model, route, offload)
         for layer in progress(range(last + 1), what="calibrating", shown=processes().is_main_process):
             mine = inside.get(layer, [])
-            for target in mine if writes else ():
+            for group in _reading_alike(mine, route) if writes else ():
                 runs = (partial(replay.run, batch, states, layer) for batch, states in zip(data, kept, strict=True))
-                found = self._read([target], zip(data, runs, strict=True), route.once(target.module))
-                then(target, found[target])
+                moments = self._read(group[:1], zip(data, runs, strict=True), route.once(group[0].module))[group[0]]
+                for target in group:  # who solves with moments may use them up
+                    then(target, moments if target is group[-1] else copy.deepcopy(moments))
             if layer == last and writes:
                 break
             found = self._moments(mine)

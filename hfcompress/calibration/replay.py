@@ -45,6 +45,8 @@ class Route:
     outputs: list[Any] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
     """Modules that are asked for, in the order in which they first ran."""
+    reads: dict[str, int] = field(default_factory=dict)
+    """Which tensor each of them read first: the same number, the same tensor."""
 
     def place(self, module: str) -> int:
         return self.places.get(module, len(self.places))
@@ -97,7 +99,12 @@ def _seen(model: Any, modules: list[str], example: dict[str, Tensor]) -> Route:
     def leave(_: nn.Module, __: Any, output: Any) -> None:
         route.outputs.append(output)
 
-    def note(name: str, *_: Any) -> None:
+    kept: list[Any] = []  # so that no other tensor gets the place of one that was read
+
+    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if name not in route.places and args:
+            kept.append(args[0])
+            route.reads[name] = next(place for place, one in enumerate(kept) if one is args[0])
         route.places.setdefault(name, len(route.places))
 
     for name in members:
