@@ -12,13 +12,15 @@ import pytest
 import yaml
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 from typer.testing import CliRunner
 
 from hfcompress import PruneHeads, Recipe
 from hfcompress.checkpoint.artifact import save
 from hfcompress.distillation.terms import TERMS
+from hfcompress.layers import kind_of
 from hfcompress.methods import METHODS
+from hfcompress.results.measure import weigh
 from hfcompress.run.cli import app
 from hfcompress.run.loop import compress
 from hfcompress.run.recipe import shipped_recipes
@@ -85,6 +87,26 @@ def test_the_pruning_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         method.run(model, FewBatches("bert"))
     save(model, None, tmp_path)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_hidden_layers == 3
+
+
+def test_the_low_bits_shown_run(tmp_path: Path) -> None:
+    steps = yaml.safe_load(blocks("yaml")[3])
+    assert [step["quantize"].get("engine", "bitsandbytes") for step in steps] == [
+        "hfcompress",
+        "bitsandbytes",
+        "hfcompress",
+        "hfcompress",
+    ]
+    for number, step in enumerate(steps):
+        model = tiny_model("llama")
+        if "target_megabytes" in step["quantize"]:  # of a model as small as this one
+            step["quantize"]["target_megabytes"] = weigh(model)["bytes"] / 2e6
+        raw = {"model": "me/llama", "task": {"name": "causal-lm", "dataset": "glue/sst2"}, "steps": [step]}
+        Recipe.from_dict(raw).steps[0].run(model, FewBatches("llama"))
+        save(model, None, tmp_path / str(number))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        kinds = {kind_of(module) for module in again.modules()}
+        assert kinds & ({"linear_4bit"} if number == 1 else {"quant_linear"})
 
 
 def test_the_commands_exist() -> None:
