@@ -89,7 +89,7 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return last[2]
     flat = x.detach().reshape(-1, x.shape[-1]).float()
     most = flat.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
-    codes = torch.addcmul(flat.new_full((), steps() + 1.5), flat, steps() / most).to(torch.uint8)
+    codes = (flat * (steps() / most)).add_(steps() + 1.5).to(torch.uint8)
     found = codes, most.div_(steps())
     _memory.last = (weakref.ref(x), x._version, found) if fresh else None
     return found

@@ -51,7 +51,7 @@ def timed_forward(model: nn.Module, task: Any, batch_size: int) -> Callable[[], 
 
     def once() -> float:
         start = time.perf_counter()
-        with torch.inference_mode():
+        with torch.no_grad():  # as pipelines and Trainers run it
             model(**inputs)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)  # kernels run behind Python's back

@@ -22,6 +22,7 @@ from hfcompress.calibration.layer_codes import CodedLayer, calibrated_codes, fou
 from hfcompress.calibration.second_moments import Projection
 from hfcompress.checkpoint.artifact import save
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers import holds_codes
 from hfcompress.layers.bitsandbytes import Linear4bit, codebook, scales_read
 from hfcompress.methods import Cast, Quantize
 from hfcompress.surgery.modules import copied, swap
@@ -284,3 +285,58 @@ def test_fields_that_do_not_go_together(fields: dict[str, Any], sentence: str) -
 def test_a_block_larger_than_a_row_fits_no_layer() -> None:
     with pytest.raises(CompressionError, match="4 bits need in_features in multiples of 256 and out_features of 32"):
         Quantize(4, blocksize=256).run(tiny_model("bert"), None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"group_size": 32}, ": group_size belong to engine: hfcompress; remove them or set engine: hfcompress."),
+        (
+            {"engine": "hfcompress", "bits": 4, "quant_type": "fp4"},
+            ": quant_type belong to engine: bitsandbytes; remove them or set engine: bitsandbytes.",
+        ),
+        ({"engine": "hfcompress", "bits": 3}, ".bits = 3: input should be 8 or 4."),
+        ({"engine": "hfcompres"}, ".engine = 'hfcompres': input should be 'bitsandbytes' or 'hfcompress'."),
+        ({"bits": 4, "target_bits": 5}, ": bits and target_bits decide the same; leave one of them."),
+        ({"embeddings": 2}, ".embeddings = 2: input should be 8 or 4."),
+    ],
+)
+def test_engines_and_targets_that_do_not_go_together(fields: dict[str, Any], sentence: str) -> None:
+    assert mistakes(steps=[{"quantize": fields}]) == [f"my.yaml: steps.0.quantize{sentence}"]
+
+
+def test_groups_patterns_and_tables_that_fit_nothing() -> None:
+    model = tiny_model("bert")
+    with pytest.raises(CompressionError) as error:
+        Quantize(4, engine="hfcompress", group_size=48).run(model, None)
+    assert str(error.value) == (
+        "quantize: bert.encoder.layer.0.attention.self.query: group_size 48 does not divide 64 columns; the nearest that does is "
+        "32; choose that, or leave the layer out by skip_modules."
+    )
+    with pytest.raises(CompressionError, match=r"bits_pattern: 'qeury' matches no chosen layer\. Did you mean 'query'\?"):
+        Quantize(bits_pattern={"qeury": 8}).run(model, None)
+    with pytest.raises(CompressionError, match=r"bits_pattern: '\(' is no regular expression"):
+        Quantize(bits_pattern={"(": 8}).run(model, None)
+    with pytest.raises(CompressionError, match="embeddings: the model has no dense table that can become codes"):
+        Quantize(engine="hfcompress", embeddings=8).run(tiny_model("vit"), None)
+    assert not any(holds_codes(module) for module in model.modules())
+
+
+def test_bits_differ_by_pattern_and_tied_tables_share_their_codes(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    pattern: dict[str, Any] = {"c_proj": 4, r".*h\.1\.mlp\..*": 16}
+    Quantize(engine="hfcompress", embeddings=8, bits_pattern=pattern).run(model, None)
+    bits = {
+        name: getattr(module, "bits", 16)
+        for name, module in model.named_modules()
+        if name.endswith(("c_proj", "c_attn", "c_fc"))
+    }
+    assert {bits[name] for name in bits if "h.1.mlp" in name} == {16}
+    assert {bits[name] for name in bits if name.endswith("c_proj") and "h.1.mlp" not in name} == {4}
+    assert {bits[name] for name in bits if name.endswith(("c_attn", "h.0.mlp.c_fc"))} == {8}
+    assert model.lm_head.weight is model.transformer.wte.weight
+    save(model, None, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.transformer.wte.weight
+    torch.testing.assert_close(again.lm_head.dequantised(), again.transformer.wte.dequantised())
