@@ -120,7 +120,13 @@ def test_the_two_sides_never_meet() -> None:
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     loaded = ("", *(f".{name}" for name in ("errors", "integers", "quantizer", "structure")))
-    layers = ("", *(f".{name}" for name in ("base", "bitsandbytes", "dense", "kernels", "low_rank", "packing", "quantized")))
+    layers = (
+        "",
+        *(
+            f".{name}"
+            for name in ("base", "beside_codes", "bitsandbytes", "dense", "kernels", "low_rank", "packing", "quantized")
+        ),
+    )
     expected = [*(f"hfcompress.checkpoint{name}" for name in loaded), *(f"hfcompress.layers{name}" for name in layers)]
     assert told.strip() == f"{expected} False False"
 

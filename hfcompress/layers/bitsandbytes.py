@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import shown
 from hfcompress.layers.base import DTYPES, Kind, dense_fields, dense_linear, features, is_conv1d
+from hfcompress.layers.beside_codes import bad_scales, bad_tensor
 
 THRESHOLD_LIMIT = 1000.0
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Linear4bit(Kind):
@@ -88,7 +88,7 @@ class Linear4bit(Kind):
         weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
         if state is None:
             return "the scales of its codes are missing"
-        if wrong := _bad_tensor("its codes", weight.data, (layer.in_features * layer.out_features + 1) // 2, torch.uint8):
+        if wrong := bad_tensor("its codes", weight.data, (layer.in_features * layer.out_features + 1) // 2, torch.uint8):
             return wrong
         size = (layer.out_features, layer.in_features)
         if tuple(state.shape or ()) != size:
@@ -97,7 +97,7 @@ class Linear4bit(Kind):
             return f"quant_type = {shown(state.quant_type)} beside its codes is not nf4 or fp4"
         if state.dtype not in DTYPES.values():
             return f"dtype = {shown(state.dtype)} beside its codes is not one of {', '.join(DTYPES)}"
-        return _bad_scales(state, layer.in_features * layer.out_features)
+        return bad_scales(state, layer.in_features * layer.out_features)
 
     @staticmethod
     def prepare(layer: Any) -> None:  # type: ignore[override]
@@ -154,11 +154,11 @@ class Linear8bit(Kind):
         scales = _row_scales(layer)
         if scales is None:
             return "SCB, the scales of its codes, is missing"
-        if wrong := _bad_tensor("its codes", layer.weight.data, layer.in_features * layer.out_features, torch.int8):
+        if wrong := bad_tensor("its codes", layer.weight.data, layer.in_features * layer.out_features, torch.int8):
             return wrong
         if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
             return f"its codes are {tuple(layer.weight.shape)}, not {(layer.out_features, layer.in_features)}"
-        return _bad_tensor("SCB, the scales of its codes,", scales, layer.out_features, torch.float32)
+        return bad_tensor("SCB, the scales of its codes,", scales, layer.out_features, torch.float32)
 
     prepare = Linear4bit.prepare  # type: ignore[assignment]
 
@@ -257,41 +257,6 @@ def _row_scales(layer: Any) -> Any:
     """(out,): bitsandbytes moves them at the first forward."""
     scales = getattr(layer.weight, "SCB", None)
     return layer.state.SCB if scales is None else scales
-
-
-def _bad_tensor(what: str, found: Any, count: int, dtype: torch.dtype) -> str | None:
-    """What is wrong with a tensor that should hold so many numbers of this dtype, none of them infinite or no number."""
-    if not isinstance(found, Tensor) or found.numel() != count or found.dtype != dtype:
-        told = f"{found.numel()} of {str(found.dtype).removeprefix('torch.')}" if isinstance(found, Tensor) else shown(found)
-        return f"{what} are {told}, not {count} of {str(dtype).removeprefix('torch.')}"
-    if dtype.is_floating_point and not bool(found.isfinite().all()):
-        return f"{what} hold infinite values, or values that are no numbers"
-    return None
-
-
-def _bad_scales(state: Any, count: int) -> str | None:
-    """What is wrong with the scales of 4-bit codes of so many weights, nested ones under double quantisation."""
-    if type(state.blocksize) is not int or state.blocksize not in BLOCKSIZES:
-        return f"blocksize = {shown(state.blocksize)} beside its codes is not one of {', '.join(map(str, BLOCKSIZES))}"
-    blocks, nested = -(count // -state.blocksize), state.state2
-    if wrong := _bad_tensor("quant_map, the values of its codes,", state.code, 16, torch.float32):
-        return wrong
-    from bitsandbytes.functional import get_4bit_type
-
-    if not torch.allclose(state.code, get_4bit_type(state.quant_type, device=state.code.device), atol=1e-6):
-        return f"quant_map, the values of its codes, are not those of {state.quant_type}, which kernels take for granted"
-    if nested is None:
-        return _bad_tensor("absmax, the scales of its codes,", state.absmax, blocks, torch.float32)
-    if type(nested.blocksize) is not int or nested.blocksize not in BLOCKSIZES:
-        return f"nested_blocksize = {shown(nested.blocksize)} is not one of {', '.join(map(str, BLOCKSIZES))}"
-    if nested.dtype not in DTYPES.values():
-        return f"nested_dtype = {shown(nested.dtype)} is not one of {', '.join(DTYPES)}"
-    return (
-        _bad_tensor("absmax, the scales of its codes,", state.absmax, blocks, torch.uint8)
-        or _bad_tensor("nested_absmax, the scales of its scales,", nested.absmax, -(blocks // -nested.blocksize), torch.float32)
-        or _bad_tensor("nested_quant_map, the values of its scales,", nested.code, 256, torch.float32)
-        or _bad_tensor("nested_offset", state.offset, 1, torch.float32)
-    )
 
 
 def _four_bit(

@@ -254,7 +254,8 @@ class QuantEmbedding(Codes, nn.Embedding):
         return _worth(codes, self.scale[ids], offset).flatten(-2).to(self.speaks.dtype)
 
     def export_form(self) -> nn.Module:
-        return nn.Embedding.from_pretrained(self.dequantised().to(self.speaks.dtype), padding_idx=self.padding_idx)
+        weight = self.dequantised().to(self.speaks.dtype)
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight).requires_grad_(False)
 
 
 Product = kernels.Product

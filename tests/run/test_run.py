@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -419,8 +421,8 @@ def test_what_an_architecture_does_not_have_is_said_in_one_sentence(place: Path)
     task = {"name": "causal-lm", "dataset": str(place / "texts"), "block_size": 32}
     said = refused(place, model=str(place / "ssm"), task=task, steps=[{"prune_heads": {"ratio": 0.5}}])
     assert said == (
-        "step 1 of 1, prune_heads: MambaForCausalLM: the architecture has no heads; adapters, cast, distill, low_rank, prune_experts, "
-        "prune_layers, prune_vocab, prune_weights, quantize and student need no units."
+        "step 1 of 1, prune_heads: MambaForCausalLM: the architecture has no heads; adapters, cast, distill, heal, low_rank, prune_experts, "
+        "prune_layers, prune_vocab, prune_weights, quantize, quantize_cache and student need no units."
     )
     compress(recipe(place, model=str(place / "ssm"), task=task, steps=[{"low_rank": {"rank": 2}}, "cast"]), place / "ssm-small")
 
@@ -437,18 +439,21 @@ def typed(*words: str) -> subprocess.CompletedProcess[str]:
     """As `cli`, in this process: an import of everything takes seconds."""
     from transformers.utils import logging as transformers_logging
 
-    from hfcompress.run.cli import main
+    from hfcompress.run.cli import console, main
 
     said, complaint, code = io.StringIO(), io.StringIO(), 0
-    level = transformers_logging.get_verbosity()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complaint):
+    level, ours = transformers_logging.get_verbosity(), logging.getLogger("hfcompress")
+    before = ours.level, ours.propagate, ours.handlers
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complaint):
         patch.setattr(sys, "argv", ["hfcompress", *words])
+        patch.setattr(console, "_width", 250)
         try:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
         finally:
             transformers_logging.set_verbosity(level)
+            ours.level, ours.propagate, ours.handlers = before
     return subprocess.CompletedProcess(words, code, said.getvalue(), complaint.getvalue())
 
 

@@ -295,7 +295,8 @@ def test_a_factored_table_is_cut_too(tmp_path: Path) -> None:
     keep_tokens(model, [0, 5, 7, 9])
     torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, before, atol=1e-6, rtol=1e-5)
     save(model, None, tmp_path)
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    # Out of the mapped file: where a tensor's place is not aligned, a kernel may sum in another order.
+    again = copy.deepcopy(AutoModelForSequenceClassification.from_pretrained(tmp_path))
     assert torch.equal(again(torch.tensor([[1, 2, 3]])).logits, model(torch.tensor([[1, 2, 3]])).logits)
 
 
