@@ -18,6 +18,10 @@ from torch import Tensor
 
 FEW = 4
 """Rows up to which reading the weights is what takes the time."""
+MANY = 2**26
+"""Products of numbers from which integers pay: below, calling oneDNN and rounding take longer than what they save."""
+SMALL = 2**18
+"""Weights up to which a layer keeps them unpacked as well, for the dense product: 1 MB in float32."""
 _memory = threading.local()
 
 
@@ -46,11 +50,13 @@ def _is_exact(count: int, rows: int) -> bool:
     return torch.equal(found.double(), x.double() @ w.double().T)
 
 
-def kernel_for(x: Tensor, rows: int) -> str:
-    """ "integers", "weights" (which unpacks codes on the way; bfloat16, few rows), or "dense"."""
+def kernel_for(x: Tensor, rows: int, weights: int) -> str:
+    """One of integers, weights (codes are unpacked on the way; bfloat16, few rows) and dense, for so many weights."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not steps():
         return "dense"
-    return "weights" if x.dtype == torch.bfloat16 and rows <= FEW else "integers"
+    if x.dtype == torch.bfloat16 and rows <= FEW:
+        return "weights"
+    return "integers" if rows * weights >= MANY else "dense"
 
 
 def by_integers(x: Tensor, prepacked: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

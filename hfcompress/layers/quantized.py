@@ -109,6 +109,7 @@ class QuantLinear(Codes, nn.Linear):
         self._allocate(out_features, in_features, bits, group_size, symmetric, device)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
         self._prepacked: Tensor | None = None
+        self._unpacked: Tensor | None = None
 
     @classmethod
     def from_linear(cls, layer: Any, bits: int = 8, group_size: int | None = None, symmetric: bool = True) -> QuantLinear:
@@ -156,14 +157,22 @@ class QuantLinear(Codes, nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """By the kernel that is fastest here; see `kernels`."""
         rows = x.numel() // max(x.shape[-1], 1)
-        kernel = kernels.kernel_for(x, rows) if rows and self._has_kernels else "dense"
+        kernel = kernels.kernel_for(x, rows, self.in_features * self.out_features) if rows and self._has_kernels else "dense"
         if kernel == "integers":
             if self._prepacked is None:
                 self._prepacked = kernels.prepack(self.weight.data[:, 0])
             return kernels.by_integers(x, self._prepacked, self.scale[:, 0], bias)
         if kernel == "weights":
             return kernels.by_weights(x, self.weight.data[:, 0], self.scale[:, 0], bias)
-        return functional.linear(x, self.dequantised().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return functional.linear(x, self._unpacked_for(x), None if bias is None else bias.to(x.dtype))
+
+    def _unpacked_for(self, x: Tensor) -> Tensor:
+        """The weight in the dtype of x; kept where the layer is so small that unpacking takes as long as the product."""
+        if self.in_features * self.out_features > kernels.SMALL or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.dequantised().to(x.dtype)
+        if self._unpacked is None or self._unpacked.dtype != x.dtype:
+            self._unpacked = self.dequantised().to(x.dtype)
+        return self._unpacked
 
     @property
     def _has_kernels(self) -> bool:
@@ -180,19 +189,19 @@ class QuantLinear(Codes, nn.Linear):
 
     def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
         super().set_codes(codes, scale, offset)
-        self._prepacked = None
+        self._prepacked = self._unpacked = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._prepacked = None
+        self._prepacked = self._unpacked = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepacked = None
+        self._prepacked = self._unpacked = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what only oneDNN can read; copies and pickles lay it out again."""
-        return {**self.__dict__, "_prepacked": None}
+        """Without what is made of the codes for products here; copies and pickles make it again."""
+        return {**self.__dict__, "_prepacked": None, "_unpacked": None}
 
 
 class QuantEmbedding(Codes, nn.Embedding):

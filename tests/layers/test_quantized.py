@@ -66,7 +66,7 @@ def test_rows_that_are_zero_tiny_or_equal_are_kept(bits: int, symmetric: bool) -
 def test_integers_add_up_exactly_with_codes_at_their_ends() -> None:
     """Without VNNI, oneDNN is off by a tenth there if inputs use all of 8 bits: how many steps they have is found out."""
     if not kernels.steps():
-        assert kernels.kernel_for(given(9), 9) == "dense"
+        assert kernels.kernel_for(given(9), 9, 2**30) == "dense"
         return
     torch.manual_seed(0)
     for rows in (1, 5, 300):
@@ -90,7 +90,9 @@ def test_every_kernel_says_what_the_dense_product_says(monkeypatch: pytest.Monke
             assert off(layer(x), expected) < max(allowed, 4 * torch.finfo(dtype).eps), (kind, size)
 
 
-def test_an_example_does_not_feel_the_others_of_its_batch() -> None:
+def test_an_example_does_not_feel_the_others_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.steps():
+        monkeypatch.setattr(kernels, "kernel_for", lambda *_: "integers")
     layer, x = QuantLinear.from_linear(linear()), given(4, 7)
     alone = layer(x[:1].clone())
     x[1:] *= 1000.0
@@ -111,7 +113,27 @@ def test_projections_that_read_the_same_share_its_rounding() -> None:
         assert kernels.rounded_rows(inner)[0] is not kernels.rounded_rows(inner)[0]
 
 
-def test_infinite_inputs_and_none_at_all() -> None:
+def test_small_products_are_dense_and_large_ones_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "steps", lambda: 63)
+    assert kernels.kernel_for(given(9), 9, 2**20) == "dense"
+    assert kernels.kernel_for(given(64), 64, 2**20) == "integers"
+    assert kernels.kernel_for(given(4, dtype=torch.bfloat16), 4, 2**10) == "weights"
+    assert kernels.kernel_for(given(64, dtype=torch.bfloat16), 64, 2**20) == "integers"
+
+
+def test_what_a_small_layer_keeps_unpacked_follows_its_codes() -> None:
+    layer, x = QuantLinear.from_linear(linear()), given(3)
+    layer(x)
+    other = QuantLinear.from_linear(linear())
+    layer.set_codes(-other.codes().short(), other.scale, None)
+    torch.testing.assert_close(layer(x), functional.linear(x, -other.dequantised(), layer.bias))
+    assert layer(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kernel", ["dense", "integers"])
+def test_infinite_inputs_and_none_at_all(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.steps():
+        monkeypatch.setattr(kernels, "kernel_for", lambda *_: kernel)
     layer, x = QuantLinear.from_linear(linear()), given(3)
     x[1, 0] = float("nan")
     said = layer(x)
