@@ -59,11 +59,11 @@ def encoder(kept: Kept, part: str, task: Any, path: str) -> None:
 
     def row(name: str, model: Any, minutes: float) -> dict[str, Any]:
         columns = predicted[name] = task.predict(model)
-        right = columns["predictions"] == columns["labels"]
+        right = columns["predictions"] == columns["references"]
         told = {"megabytes": weigh(model)["bytes"] / 1e6, "accuracy": float(right.mean()), "minutes": minutes}
         if name != "as it came":
             first = predicted["as it came"]
-            gain = right.astype(float) - (first["predictions"] == first["labels"])
+            gain = right.astype(float) - (first["predictions"] == first["references"])
             draws = np.random.default_rng(0).integers(0, len(gain), (2000, len(gain)))
             told["interval"] = [float(end) for end in np.quantile(gain[draws].mean(1), (0.025, 0.975))]
             told["agreement"] = float((columns["predictions"] == first["predictions"]).mean())
