@@ -46,7 +46,7 @@ ONLY_IN = {
     "evaluate": {"tasks.metrics"},
     "matplotlib": {"results.plot"},
     "peft": {"methods.adapters", "surgery.lora", "checkpoint.artifact"},
-    "bitsandbytes": {"layers.bitsandbytes"},
+    "bitsandbytes": {"layers.bitsandbytes", "layers.beside_codes"},
 }
 LINES, FUNCTION_LINES = 365, 60
 
