@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Codes(nn.Module, Kind):
     """
 
     holds_codes = True
+    columns: ClassVar[str]
+    """Which of its sizes is that of a row, whose groups share scales."""
     weight: Any
     scale: Tensor
     offset: Tensor | None
@@ -77,6 +79,14 @@ class Codes(nn.Module, Kind):
                 setattr(self, name, before.to(now.device))
         return self
 
+    @classmethod
+    def build(cls, **fields: Any) -> nn.Module:
+        return cls(**fields).requires_grad_(False)
+
+    @classmethod
+    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
+        return super().mistake(fields, limits) or mismatch(fields[cls.columns], fields["bits"], fields["group_size"])
+
     def _told(self) -> dict[str, Any]:
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
@@ -91,6 +101,7 @@ class QuantLinear(Codes, nn.Linear):
     """A Linear, or a transposed Conv1D, of codes. `bias` is dense and may be trained; gradients reach the input."""
 
     type_name = "QuantLinear"
+    columns = "in_features"
     names = ("in_features", "out_features", "bias", "bits", "group_size", "symmetric")
 
     def __init__(
@@ -132,16 +143,8 @@ class QuantLinear(Codes, nn.Linear):
         return new.requires_grad_(False)
 
     @classmethod
-    def build(cls, **fields: Any) -> nn.Module:
-        return cls(**fields).requires_grad_(False)
-
-    @classmethod
     def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
         return type(value) is bool if key == "bias" else cls._allows(key, value, limits["in_features"])
-
-    @classmethod
-    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
-        return super().mistake(fields, limits) or mismatch(fields["in_features"], fields["bits"], fields["group_size"])
 
     def fields(self) -> dict[str, Any]:
         return {**dense_fields(self), **self._told()}
@@ -151,7 +154,7 @@ class QuantLinear(Codes, nn.Linear):
         trained = self.bias is not None and self.bias.requires_grad
         if not torch.is_grad_enabled() or not (x.requires_grad or trained):
             return self.product(x, self.bias)
-        said = Product.apply(x, self) if x.requires_grad else self.product(x, None)
+        said = kernels.Product.apply(x, self) if x.requires_grad else self.product(x, None)
         return said if self.bias is None else said + self.bias.to(said.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -208,6 +211,7 @@ class QuantEmbedding(Codes, nn.Embedding):
     """An Embedding of codes: the rows that are asked for are unpacked."""
 
     type_name = "QuantEmbedding"
+    columns = "embedding_dim"
     names = ("num_embeddings", "embedding_dim", "padding_idx", "bits", "group_size", "symmetric")
     sizes = ("num_embeddings", "embedding_dim")
     replaces = ("embedding",)
@@ -241,17 +245,9 @@ class QuantEmbedding(Codes, nn.Embedding):
         return new.requires_grad_(False)
 
     @classmethod
-    def build(cls, **fields: Any) -> nn.Module:
-        return cls(**fields).requires_grad_(False)
-
-    @classmethod
     def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
         dense = key == "padding_idx"
         return DenseEmbedding.allows(key, value, limits) if dense else cls._allows(key, value, limits["embedding_dim"])
-
-    @classmethod
-    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
-        return super().mistake(fields, limits) or mismatch(fields["embedding_dim"], fields["bits"], fields["group_size"])
 
     def fields(self) -> dict[str, Any]:
         return {**DenseEmbedding.fields(self), **self._told()}
@@ -265,9 +261,6 @@ class QuantEmbedding(Codes, nn.Embedding):
     def export_form(self) -> nn.Module:
         weight = self.dequantised().to(self.speaks.dtype)
         return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight).requires_grad_(False)
-
-
-Product = kernels.Product
 
 
 def mismatch(columns: int, bits: int, group_size: int | None) -> str | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,20 +15,11 @@ from hfcompress.checkpoint.writing import write_text, written
 from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 from hfcompress.surgery.units.verify import units_of
+from tests.checkpoint.test_artifact import files_up_to
 from tests.tiny import tiny_model
 
 REPORT = Path(__file__).parents[1] / "results" / "written-before.json"
 END = "; free some space or choose another place, then do the same again: a run goes on after its last finished step."
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _scores(path: Path) -> None:
