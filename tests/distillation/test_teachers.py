@@ -78,8 +78,7 @@ def test_other_labels_are_refused(student: Any, teacher: Any, sentence: str) -> 
     )
 
 
-def test_a_guess_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("hfcompress"), "propagate", True)
+def test_a_guess_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "hfcompress"):
         order(["neg", "neu", "pos"], DEFAULT)
     assert caplog.messages == ["distill: the teacher names no labels, which are taken in the student's order"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -442,8 +441,7 @@ def typed(*words: str) -> subprocess.CompletedProcess[str]:
     from hfcompress.run.cli import console, main
 
     said, complaint, code = io.StringIO(), io.StringIO(), 0
-    level, ours = transformers_logging.get_verbosity(), logging.getLogger("hfcompress")
-    before = ours.level, ours.propagate, ours.handlers
+    level = transformers_logging.get_verbosity()
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complaint):
         patch.setattr(sys, "argv", ["hfcompress", *words])
         patch.setattr(console, "_width", 250)
@@ -453,7 +451,6 @@ def typed(*words: str) -> subprocess.CompletedProcess[str]:
             code = int(end.code or 0)
         finally:
             transformers_logging.set_verbosity(level)
-            ours.level, ours.propagate, ours.handlers = before
     return subprocess.CompletedProcess(words, code, said.getvalue(), complaint.getvalue())
 
 

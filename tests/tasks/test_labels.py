@@ -33,9 +33,8 @@ def bare(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture
-def said(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What our logger says, also where the command line has set it up for itself."""
-    monkeypatch.setattr(logging.getLogger("hfcompress"), "propagate", True)
+def said(caplog: Any) -> Any:
+    """What our logger says."""
     caplog.set_level(logging.INFO, logger="hfcompress")
     return caplog
 
