@@ -2,9 +2,9 @@
 
 `integers`, of 8 bits, rounds every row of the input by its own largest value, so that no example feels the others of its batch,
 to as many steps as this processor adds up without overflow; the product of the codes is exact then. It moves outputs by about
-1 % of their norm where there are 127 steps to either side, 2 % where there are 63. `bytes`, of 8 bits, and `nibbles`, of 4, take
-the input, and scales, in bfloat16, add up in float32, and give bfloat16: they move outputs by at most 1 %, mostly 0.3 %. A
-dense product takes everything as it is.
+1 % of their norm where there are 127 steps to either side, 2 % where there are 63. `bytes`, of 8 bits, and `nibbles`, of 4,
+take the input, and scales, in bfloat16, add up in float32, and give bfloat16: they move outputs by at most 1 %, mostly 0.3 %.
+A dense product takes everything as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GROUPS, ROWS = (32, 64, 128, 256), 16
 MANY = 2**26
 """Products of numbers from which integers pay: below, calling oneDNN and rounding take longer than what they save."""
 SMALL = 2**18
-"""Weights up to which a layer keeps them unpacked as well, for the dense product, which is then the fastest: 1 MB in float32."""
+"""Weights up to which a layer keeps them unpacked as well: the dense product is the fastest then. 1 MB in float32."""
 _memory = threading.local()
 
 

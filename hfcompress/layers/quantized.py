@@ -103,6 +103,9 @@ class QuantLinear(Codes, nn.Linear):
     type_name = "QuantLinear"
     columns = "in_features"
     names = ("in_features", "out_features", "bias", "bits", "group_size", "symmetric")
+    _prepacked: Tensor | None
+    _nibbles: tuple[Tensor, Tensor] | None
+    _unpacked: Tensor | None
 
     def __init__(
         self,
@@ -191,9 +194,8 @@ class QuantLinear(Codes, nn.Linear):
 
     def _forget(self) -> None:
         """What was made of the codes, for products here."""
-        self._prepacked: Tensor | None = None
-        self._nibbles: tuple[Tensor, Tensor] | None = None
-        self._unpacked: Tensor | None = None
+        self._prepacked = self._unpacked = None
+        self._nibbles = None
 
     def recoded(self, weight: Tensor) -> QuantLinear:
         """The same layer in nearest codes of another weight (out, in)."""
