@@ -103,6 +103,7 @@ class QuantLinear(Codes, nn.Linear):
     type_name = "QuantLinear"
     columns = "in_features"
     names = ("in_features", "out_features", "bias", "bits", "group_size", "symmetric")
+    keeps_unpacked = False
     _prepacked: Tensor | None
     _nibbles: tuple[Tensor, Tensor] | None
     _unpacked: Tensor | None
@@ -177,8 +178,10 @@ class QuantLinear(Codes, nn.Linear):
         return functional.linear(x, self._unpacked_for(x), None if bias is None else bias.to(x.dtype))
 
     def _unpacked_for(self, x: Tensor) -> Tensor:
-        """The weight in the dtype of x; kept where the layer is so small that unpacking takes as long as the product."""
-        if self.in_features * self.out_features > kernels.SMALL or x.device.type != "cpu" or torch.compiler.is_compiling():
+        """The weight in the dtype of x; kept if asked, and where the layer is so small that unpacking takes as long as the
+        product."""
+        is_kept = self.keeps_unpacked or self.in_features * self.out_features <= kernels.SMALL
+        if not is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
             return self.dequantised().to(x.dtype)
         if self._unpacked is None or self._unpacked.dtype != x.dtype:
             self._unpacked = self.dequantised().to(x.dtype)
@@ -205,6 +208,10 @@ class QuantLinear(Codes, nn.Linear):
 
     def export_form(self) -> nn.Module:
         return dense_linear(self.dequantised(), self.bias)
+
+    def fast_form(self) -> None:
+        """Whatever has to be unpacked for a product here is so once."""
+        self.keeps_unpacked = True
 
     def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
         super().set_codes(codes, scale, offset)
