@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -377,6 +378,7 @@ def test_a_save_shows_no_bar(shows: bool, tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_the_proof_looks_at_the_model_and_not_at_its_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "subprocess", subprocess)  # a whole new Python, as for users
     model = tiny_model("bert")
     LowRank(rank=4).run(model, None)
     save(model, None, tmp_path / "out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from hfcompress.calibration.batches import Batches
 from hfcompress.checkpoint.artifact import save
 from hfcompress.checkpoint.describe import diff
 from hfcompress.layers import holds_codes
-from hfcompress.layers.bitsandbytes import quiet_casts
+from hfcompress.layers.bnb_library import quiet_casts
 from hfcompress.layers.quantized import QuantLinear
 from hfcompress.surgery.lora import adapted
 from hfcompress.surgery.modules import HALVES
+from tests import fresh
 from tests.methods.test_laws import FewBatches, auto, dense_weight, half_step, logits, oriented
 from tests.tiny import VISION, tiny_model
 
@@ -252,7 +252,7 @@ def test_qlora_by_the_callback_is_kept_for_plain_peft(ours: bool, tmp_path: Path
     trainer.save_model(tmp_path / "adapter")
     torch.save(ids, tmp_path / "ids")
     made = [str(tmp_path / name) for name in ("base", "adapter", "ids", "logits")]
-    subprocess.run([sys.executable, "-c", LOADS, *made], check=True, capture_output=True)
+    fresh.run([sys.executable, "-c", LOADS, *made], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits").float(), outputs(model, "llama"), atol=1e-5, rtol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.allclose(outputs(plain, "llama"), outputs(model, "llama"), atol=1e-4), "it learnt"

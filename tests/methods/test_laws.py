@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +41,7 @@ from hfcompress.methods import (
 from hfcompress.surgery.units.cut import cut
 from hfcompress.surgery.units.gates import gate
 from hfcompress.surgery.units.verify import units_of
+from tests import fresh
 from tests.tiny import DECODERS, ENCODERS, tiny_model, tiny_tokenizer
 
 KINDS = (*ENCODERS, *DECODERS)
@@ -292,7 +292,7 @@ def test_without_the_import_every_layer_kind_raises(tmp_path: Any) -> None:
         "        print('raised', folder)\n"
     )
     folders = [str(tmp_path / name) for name in LOUD]
-    run = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, check=True)
+    run = fresh.run([sys.executable, "-c", program, *folders], check=True)
     assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("raised")] == folders
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +26,7 @@ from hfcompress.layers.bitsandbytes import Linear4bit, codebook, scales_read
 from hfcompress.methods import Cast, Quantize
 from hfcompress.surgery.modules import copied, swap
 from hfcompress.surgery.targets import codable
+from tests import fresh
 from tests.calibration.test_reconstruct import batches
 from tests.run.test_recipe import mistakes
 from tests.tiny import tiny_model
@@ -183,7 +183,7 @@ def test_a_process_without_hfcompress_loads_the_same(tmp_path: Path) -> None:
         "    torch.save(model(**torch.load(sys.argv[1] + '/batch.pt')).logits, sys.argv[1] + '/logits.pt')\n"
         "assert 'hfcompress' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tmp_path)
+    fresh.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hfcompress.checkpoint.artifact import save
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.methods import LowRank, PruneHeads, PruneNeurons, riding
 from hfcompress.surgery.units.verify import units_of
+from tests import fresh
 from tests.calibration.test_scores import given, mixtral, ragged
 from tests.methods.test_corners import Given, arguments
 from tests.tiny import tiny_model
@@ -117,7 +117,7 @@ def test_even_cuts_load_without_hfcompress(tmp_path: Path) -> None:
         with torch.no_grad():
             expected[kind] = model(**batch).logits
     autos = json.dumps({kind: auto for kind, (_, auto) in EVEN.items()})
-    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), autos], capture_output=True, text=True)
+    done = fresh.run([sys.executable, "-c", LOAD, str(tmp_path), autos])
     assert done.returncode == 0, done.stderr[-2000:]
     for kind, logits in expected.items():
         assert torch.equal(load_file(tmp_path / f"{kind}.answer")["logits"], logits), kind

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from hfcompress.surgery.depth.stacks import layer_stacks
 from hfcompress.surgery.modules import become
 from hfcompress.surgery.units.cut import cut
 from hfcompress.surgery.units.verify import units_of
+from tests import fresh
 from tests.tiny import tiny_model
 
 SIZES = {
@@ -313,7 +313,7 @@ def test_plain_transformers_loads_students(tmp_path: Path) -> None:
         "print('hfcompress' in sys.modules)\n"
     )
     folders = [str(tmp_path / kind) for kind in students]
-    run = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, check=True)
+    run = fresh.run([sys.executable, "-c", program, *folders], check=True)
     assert run.stdout.split() == ["True"] * len(students) + ["False"]
 
 

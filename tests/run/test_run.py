@@ -23,6 +23,7 @@ from hfcompress import CompressionError, Recipe, compress
 from hfcompress.checkpoint.artifact import load
 from hfcompress.results.report import Report
 from hfcompress.run.recipe import shipped_recipes
+from tests import fresh
 from tests.tiny import TOPICS, WORDS, tiny_checkpoint, tiny_images, tiny_model, tiny_texts
 
 ROOT = Path(__file__).parents[2]
@@ -429,9 +430,8 @@ def test_what_an_architecture_does_not_have_is_said_in_one_sentence(place: Path)
 # The command line.
 
 
-def cli(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hfcompress", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "250"}, **more)
+def cli(*words: str) -> subprocess.CompletedProcess[str]:
+    return fresh.run([sys.executable, "-m", "hfcompress", *words], env={**os.environ, "COLUMNS": "250"})
 
 
 def typed(*words: str) -> subprocess.CompletedProcess[str]:
@@ -457,7 +457,10 @@ def typed(*words: str) -> subprocess.CompletedProcess[str]:
 def test_run_from_the_command_line_shows_progress_and_not_library_noise(place: Path) -> None:
     file = place / "cli.yaml"
     file.write_text(yaml.safe_dump(recipe(place, steps=[{"prune_heads": {"ratio": 0.5}}, "quantize"]).to_dict()))
-    run = cli("run", str(file), "seed=1", f"output_dir={place / 'cli'}")
+    command = [sys.executable, "-m", "hfcompress", "run", str(file), "seed=1", f"output_dir={place / 'cli'}"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "250"}
+    )  # with all that imports say
     assert run.returncode == 0, run.stderr
     assert "step 1 of 2: prune_heads (ratio: 0.5)" in run.stdout
     assert "prune_heads 0.5" in run.stdout and "from_pretrained" in run.stdout
@@ -474,7 +477,7 @@ def test_an_error_is_one_sentence_and_no_traceback(place: Path) -> None:
 
 def test_lines_in_a_log_are_not_folded() -> None:
     alone = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    listed = subprocess.run([sys.executable, "-m", "hfcompress", "list"], capture_output=True, text=True, env=alone).stdout
+    listed = fresh.run([sys.executable, "-m", "hfcompress", "list"], env=alone).stdout
     assert len(listed.splitlines()) == 1 + len(shipped_recipes()), "a line a recipe"
 
 

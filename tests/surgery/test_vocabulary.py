@@ -6,7 +6,6 @@ import copy
 import json
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from hfcompress.run.recipe import task_from
 from hfcompress.surgery.modules import copied
 from hfcompress.surgery.vocabulary.embeddings import fixed_tokens, keep_tokens, named_tokens, vocabulary_size
 from hfcompress.surgery.vocabulary.tokenizer import Vocabulary, check_same, counted, encoded, tokenizer_of
+from tests import fresh
 from tests.surgery.tokenizers_of import MADE, OTHERS, TEXTS, tokenizer
 from tests.tiny import (
     FILLER,
@@ -782,7 +782,7 @@ def test_a_killed_run_goes_on_with_the_smaller_tokenizer(place: Path, tmp_path: 
 def test_the_artifact_needs_no_import(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place)
     report = compress(chosen, tmp_path / "out")
-    run = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    run = fresh.run([sys.executable, "-c", PLAIN, str(tmp_path / "out")], check=True)
     first, second = run.stdout.strip().splitlines()
     size = len(chosen.task.processor)
     assert first == f"{size} {size} []"
