@@ -124,7 +124,10 @@ def test_the_two_sides_never_meet() -> None:
         "",
         *(
             f".{name}"
-            for name in ("base", "beside_codes", "bitsandbytes", "dense", "kernels", "low_rank", "packing", "quantized")
+            for name in (
+                *("base", "beside_codes", "bitsandbytes", "dense", "kernels", "low_rank", "packing"),
+                *("quantized", "quantized_conv"),
+            )
         ),
     )
     expected = [*(f"hfcompress.checkpoint{name}" for name in loaded), *(f"hfcompress.layers{name}" for name in layers)]
