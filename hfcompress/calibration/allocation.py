@@ -1,4 +1,5 @@
-"""How few bits each layer may have: the least harm to the loss for a size, solved exactly."""
+"""How few bits each layer may have: the least harm to the loss for a size, or the least size for a harm, solved exactly, and
+then tried on the model itself."""
 
 from __future__ import annotations
 
@@ -7,79 +8,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.batches import MakeBatches, evaluating, given, loss_of, singles
+from hfcompress.calibration.batches import MakeBatches, evaluating, given, in_parts, loss_of, singles
 from hfcompress.calibration.formats import Format, harm, stored_bytes
+from hfcompress.calibration.knapsack import Choice, allocated
+from hfcompress.calibration.trial import Trial
 from hfcompress.checkpoint.errors import CompressionError
 
 log = logging.getLogger("hfcompress")
 DENSE = 16
 """The bits that a layer is said to have which is left as it is, whatever its dtype."""
-
-UNITS = 50_000
-"""Into how many parts a budget is divided: each decision is charged up to one of them too much."""
+ASKED = "quantize: a target"
+ROUNDS = 6
+"""How often a harm is foretold anew from what the model does, until max_drop holds."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One way to store a layer, or several that are decided together."""
+class Target:
+    """What is asked for, one of these. `bits`: a weight of the layers, on average, scales included. `bytes`: of the whole model
+    on disk. `drop`: by how much the loss on the batches may grow."""
 
-    bits: int
-    cost: float
-    """Bytes, or whatever the budget is of."""
-    harm: float
-    """By how much the loss is expected to grow."""
-
-
-def allocated(decisions: Sequence[Sequence[Choice]], budget: float) -> list[Choice] | None:
-    """One choice of each decision: those of the least harm in all whose costs are within the budget; None if none are.
-
-    The multiple-choice knapsack by dynamic programming, costs rounded up to a part in `UNITS` of the budget; what the rounding
-    leaves over is spent on whatever still fits.
-    """
-    unit = budget / UNITS
-    costs = [[int(np.ceil(choice.cost / unit)) if unit > 0 else UNITS + 1 for choice in choices] for choices in decisions]
-    if sum(min(choice.cost for choice in choices) for choices in decisions) > budget:
-        return None
-    if sum(map(min, costs)) > UNITS:  # it fits by less than what rounding takes: then nothing is to be chosen
-        return [min(choices, key=lambda one: (one.cost, one.harm)) for choices in decisions]
-    least = np.zeros(UNITS + 1)  # of harm, within so many units
-    taken = np.zeros((len(decisions), UNITS + 1), dtype=np.int16)
-    for place, (choices, whole) in enumerate(zip(decisions, costs, strict=True)):
-        following = np.full(UNITS + 1, np.inf)
-        for number, (choice, cost) in enumerate(zip(choices, whole, strict=True)):
-            if cost <= UNITS:
-                harm = np.full(UNITS + 1, np.inf)
-                harm[cost:] = least[: UNITS + 1 - cost] + choice.harm
-                better = harm < following
-                following[better], taken[place, better] = harm[better], number
-        least = following
-    left, found = UNITS, list[Choice]()
-    for place in reversed(range(len(decisions))):
-        number = int(taken[place, left])
-        found.append(decisions[place][number])
-        left -= costs[place][number]
-    return _improved(found[::-1], decisions, budget)
-
-
-def _improved(found: list[Choice], decisions: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
-    """Spend what is left over, on the most harm that each byte takes away."""
-    spare = budget - sum(choice.cost for choice in found)
-    while True:
-        steps = [
-            ((now.harm - other.harm) / (other.cost - now.cost), place, other)
-            for place, now in enumerate(found)
-            for other in decisions[place]
-            if 0 < other.cost - now.cost <= spare and other.harm < now.harm
-        ]
-        if not steps:
-            return found
-        _, place, other = max(steps, key=lambda step: step[0])
-        spare -= other.cost - found[place].cost
-        found[place] = other
+    bits: float | None = None
+    bytes: float | None = None
+    drop: float | None = None
 
 
 def least_harm(
@@ -87,33 +40,27 @@ def least_harm(
     names: Sequence[str],
     formats: Mapping[int, Format],
     batches: MakeBatches | None,
-    target_bits: float | None = None,
-    target_bytes: float | None = None,
+    target: Target,
     coded: Mapping[str, nn.Module] | None = None,
+    swaps: int = 0,
 ) -> dict[str, Format]:
-    """How to store each of these layers, so that the loss is expected to grow the least within a target: in one of the formats,
-    told by their bits, or dense, and then it is not in the answer. Layers that read the same are stored alike.
+    """How to store each of these layers, so that the loss is expected to grow the least within a target, or so that they take
+    the least bytes: in one of the formats, told by their bits, or dense, and then it is not in the answer. Layers that read
+    the same are stored alike.
 
-    `target_bits`: a weight of theirs, on average, scales included. `target_bytes`: of the whole model on disk, in which
-    `coded` stand in for the layers of these names. CompressionError where no choice is small enough; the least is told.
+    `coded`: what is to stand in for other layers, by their names. `swaps`: so many exchanges of bits between layers are tried
+    on the model, and kept if its loss is smaller. CompressionError where no choice is small enough; the least is told.
     """
-    slopes = squared_slopes(model, names, batches, "quantize: a target")
-    groups = read_together(model, names, next(singles(model, next(iter(given(batches, "quantize: a target"))))))
-    decisions = [_choices(model, group, formats, slopes) for group in groups]
-    weights = sum(model.get_submodule(name).weight.numel() for name in names)
-    others = 0.0 if target_bytes is None else _bytes_of(model, coded or {}) - sum(_dense_bytes(model, name) for name in names)
-    budget = (target_bits or 0) * weights / 8 if target_bytes is None else target_bytes - others
-    found = allocated(decisions, budget)
-    if found is None:
-        least = sum(min(choice.cost for choice in choices) for choices in decisions)
-        if target_bytes is None:
-            told = f"target_bits: {target_bits:g}", f"{8 * least / weights:.3g} bits"
+    groups = read_together(model, names, next(singles(model, next(iter(given(batches, ASKED))))))
+    costs = _costs(model, names, formats, batches)
+    decisions = [_choices(group, formats, costs) for group in groups]
+    trial = Trial(model, groups, formats, batches, ASKED)
+    with trial:
+        if target.drop is not None:
+            found = _within_drop(trial, decisions, target.drop)
         else:
-            told = f"target_megabytes: {target_bytes / 1e6:g}", f"{(others + least) / 1e6:.4g} MB"
-        raise CompressionError(
-            f"quantize: {told[0]} can't be met: with the fewest bits that fit it takes {told[1]}; choose that or more, code "
-            f"the embeddings as well, or cut the model before."
-        )
+            budget = _budget(model, names, target, coded or {}, decisions)
+            found = _swapped(trial, decisions, budget, swaps)
     chosen = {name: choice.bits for group, choice in zip(groups, found, strict=True) for name in group}
     tally = ", ".join(f"{list(chosen.values()).count(bits)} in {bits} bits" for bits in formats)
     dense = list(chosen.values()).count(DENSE)
@@ -122,17 +69,109 @@ def least_harm(
     return {name: formats[bits] for name, bits in chosen.items() if bits != DENSE}
 
 
-def _choices(model: Any, group: Sequence[str], formats: Mapping[int, Format], slopes: Mapping[str, Tensor]) -> list[Choice]:
+def _budget(
+    model: Any, names: Sequence[str], target: Target, coded: Mapping[str, nn.Module], decisions: Sequence[Sequence[Choice]]
+) -> float:
+    """In bytes of these layers."""
+    weights = sum(model.get_submodule(name).weight.numel() for name in names)
+    least = sum(min(choice.cost for choice in choices) for choices in decisions)
+    if target.bytes is None:
+        budget = (target.bits or 0) * weights / 8
+        told = f"target_bits: {target.bits:g}", f"{8 * least / weights:.3g} bits"
+    else:
+        others = _bytes_of(model, coded) - sum(_dense_bytes(model, name) for name in names)
+        budget = target.bytes - others
+        told = f"target_megabytes: {target.bytes / 1e6:g}", f"{(others + least) / 1e6:.4g} MB"
+    if least > budget:
+        raise CompressionError(
+            f"quantize: {told[0]} can't be met: with the fewest bits that fit it takes {told[1]}; choose that or more, code "
+            f"the embeddings as well, or cut the model before."
+        )
+    return budget
+
+
+def _within_drop(trial: Trial, decisions: Sequence[Sequence[Choice]], drop: float) -> list[Choice]:
+    """The fewest bytes with which the model's own loss grows by no more. Harms don't add up: where it grows by more than what
+    was foretold, less is allowed."""
+    before, allowed = trial.loss([DENSE] * len(decisions)), drop
+    turned = [[Choice(one.bits, one.harm, one.cost) for one in choices] for choices in decisions]
+    for _ in range(ROUNDS):
+        found = allocated(turned, allowed)
+        if found is None or all(choice.bits == DENSE for choice in found):
+            break
+        grown = trial.loss([choice.bits for choice in found]) - before
+        log.info("quantize: max_drop: foretold %.3g, the loss grows by %.3g", sum(one.cost for one in found), grown)
+        if grown <= drop:
+            return [Choice(one.bits, one.harm, one.cost) for one in found]
+        allowed *= min(0.8, 0.9 * drop / grown)
+    raise CompressionError(
+        f"quantize: max_drop: {drop:g} can't be met: the loss grows by more with the fewest layers in codes that were tried; "
+        f"choose more, calibrate, or take layers out by skip_modules."
+    )
+
+
+def _swapped(trial: Trial, decisions: Sequence[Sequence[Choice]], budget: float, swaps: int) -> list[Choice]:
+    """The least harm within a budget; then more bits for one decision and fewer for another, those first that are foretold to
+    do the least harm, and kept if the model's own loss is smaller."""
+    found = allocated(decisions, budget) or []
+    if not swaps:
+        return found
+    loss = trial.loss([choice.bits for choice in found])
+    for candidate in _exchanges(found, decisions, budget)[:swaps]:
+        changed = [candidate.get(place, choice) for place, choice in enumerate(found)]
+        if sum(choice.cost for choice in changed) > budget:
+            continue  # with what was kept before it
+        now = trial.loss([choice.bits for choice in changed])
+        log.info("quantize: an exchange: the loss is %.5g, was %.5g", now, loss)
+        if now < loss:
+            found, loss = changed, now
+    return found
+
+
+def _exchanges(found: Sequence[Choice], decisions: Sequence[Sequence[Choice]], budget: float) -> list[dict[int, Choice]]:
+    """More for one decision, less for another, within the budget: each as what changes, the least harm first."""
+    spare = budget - sum(choice.cost for choice in found)
+    steps = [
+        (place, other, other.cost - now.cost, other.harm - now.harm)
+        for place, now in enumerate(found)
+        for other in decisions[place]
+        if other.cost != now.cost
+    ]
+    pairs = [
+        (harm_up + harm_down, {place_up: up, place_down: down})
+        for place_up, up, more, harm_up in steps
+        if more > 0
+        for place_down, down, less, harm_down in steps
+        if less < 0 and place_down != place_up and more + less <= spare
+    ]
+    return [changes for _, changes in sorted(pairs, key=lambda pair: pair[0])]
+
+
+Costs = dict[tuple[str, int], tuple[float, float]]
+
+
+def _costs(model: Any, names: Sequence[str], formats: Mapping[int, Format], batches: MakeBatches | None) -> Costs:
+    """Bytes and harm of each layer in so many bits, where the format takes it."""
+    found: Costs = {}
+    for some in in_parts({name: model.get_submodule(name).weight for name in names}):
+        slopes = squared_slopes(model, list(some), batches, ASKED)
+        for name in some:
+            layer = model.get_submodule(name)
+            found[name, DENSE] = float(_dense_bytes(model, name)), 0.0
+            for bits, storing in formats.items():
+                if not storing.misfit(layer):
+                    new = storing.rounded(layer)
+                    found[name, bits] = float(stored_bytes(new)), harm(layer, new, slopes[name])
+    return found
+
+
+def _choices(group: Sequence[str], formats: Mapping[int, Format], costs: Costs) -> list[Choice]:
     """Every way to store these layers alike."""
-    layers = {name: model.get_submodule(name) for name in group}
-    found = [Choice(DENSE, float(sum(_dense_bytes(model, name) for name in group)), 0.0)]
-    for bits, storing in formats.items():
-        if not any(storing.misfit(layer) for layer in layers.values()):
-            cost = worse = 0.0
-            for name, layer in layers.items():
-                new = storing.rounded(layer)
-                cost, worse = cost + stored_bytes(new), worse + harm(layer, new, slopes[name])
-            found.append(Choice(bits, cost, worse))
+    found = []
+    for bits in (DENSE, *formats):
+        if all((name, bits) in costs for name in group):
+            each = [costs[name, bits] for name in group]
+            found.append(Choice(bits, sum(cost for cost, _ in each), sum(worse for _, worse in each)))
     return found
 
 

@@ -17,6 +17,8 @@ from hfcompress.checkpoint.errors import CompressionError
 
 MakeBatches = Callable[[], Iterable[dict[str, Tensor]]]
 """Makes the same batches every time that it is called."""
+AT_ONCE = 2**31
+"""Bytes of gradients that are held at a time: of more weights, the data are gone through again."""
 
 
 @contextmanager
@@ -109,6 +111,32 @@ def loss_of(output: Any, where: str, instead: str) -> Tensor:
             f"choose scores: {instead}."
         )
     return loss
+
+
+@torch.no_grad()
+def mean_loss(model: Any, batches: MakeBatches | None, what: str, where: str, instead: str) -> float | None:
+    """The mean loss over labels; None where no batch has one."""
+    total, seen = 0.0, 0.0
+    with evaluating(model):
+        for batch in given(batches, what):
+            output = model(**batch)
+            known = labelled(model, batch, output)
+            worth = examples(model, batch) if known is None else float(known.sum())
+            if worth:  # else a mean over nothing
+                total += worth * loss_of(output, where, instead).item()
+                seen += worth
+    return total / seen if seen else None
+
+
+def in_parts(weights: Mapping[str, Tensor], most: int = AT_ONCE) -> Iterator[dict[str, Tensor]]:
+    """The weights in parts of so many bytes at the most in float32, or of one weight."""
+    part: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if part and 4 * sum(one.numel() for one in (*part.values(), weight)) > most:
+            yield part
+            part = {}
+        part[name] = weight
+    yield part
 
 
 NO_DATA = "scores: gradient needs calibration data; give a task or batches with labels, or choose scores: magnitude."

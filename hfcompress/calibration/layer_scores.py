@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfcompress.calibration.batches import MakeBatches, evaluating, examples, given, labelled, loss_of, told
+from hfcompress.calibration.batches import MakeBatches, evaluating, given, mean_loss, told
 from hfcompress.calibration.processes import agreed
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.surgery.depth.stacks import Stack
@@ -33,26 +33,18 @@ def angular(model: nn.Module, stack: Stack, batches: MakeBatches, size: int, ask
 
 def loss_without(model: nn.Module, stack: Stack, batches: MakeBatches, skipped: list[int], asked: str) -> float:
     """The mean loss over labels with these layers skipped."""
-    total, seen = 0.0, 0.0
     handles = [skip(model.get_submodule(stack.name)[index]) for index in skipped]  # type: ignore[index]
     try:
-        with evaluating(model), torch.no_grad():
-            for batch in given(batches, f"{asked}: a score"):
-                output = model(**batch)
-                known = labelled(model, batch, output)
-                worth = examples(model, batch) if known is None else float(known.sum())
-                if worth:  # else a mean over nothing
-                    total += worth * loss_of(output, f"{asked}: scores: loss", "block_influence").item()
-                    seen += worth
+        found = mean_loss(model, batches, f"{asked}: a score", f"{asked}: scores: loss", "block_influence")
     finally:
         for handle in handles:
             handle.remove()
-    if not seen or not math.isfinite(total):
+    if found is None or not math.isfinite(found):
         raise CompressionError(
             f"{asked}: loss is not finite on the calibration data, or no batch has a label; load the model in float32, or "
             f"choose scores: block_influence."
         )
-    return agreed(torch.tensor(total / seen)).item()
+    return agreed(torch.tensor(found)).item()
 
 
 def skip(layer: nn.Module) -> RemovableHandle:

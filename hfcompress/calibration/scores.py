@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfcompress.calibration.batches import MakeBatches, evaluating, examples, given, labelled, loss_of, singles
+from hfcompress.calibration.batches import MakeBatches, evaluating, examples, given, in_parts, labelled, loss_of, singles
 from hfcompress.calibration.layerwise import layerwise
 from hfcompress.calibration.obs import prices
 from hfcompress.calibration.processes import agreed
@@ -27,8 +27,6 @@ from hfcompress.surgery.units.owned import norms, owned, per_unit, spans_of, ten
 from hfcompress.surgery.units.spans import Span, Units
 
 WITHOUT_LABELS = "activation, obs or magnitude"
-AT_ONCE = 2**31
-"""Bytes of gradients that are held at a time: of more weights, the data are gone through again."""
 
 
 def magnitude(model: nn.Module, all_units: list[Units], batches: MakeBatches | None = None, seed: int = 0) -> list[Tensor]:
@@ -75,7 +73,7 @@ def taylor(model: Any, all_units: list[Units], batches: MakeBatches | None = Non
     for weight in frozen:
         weight.requires_grad_(True)
     try:
-        for some in _within(weights, AT_ONCE):
+        for some in in_parts(weights):
             felt = {name: (some[name].detach() * slope).abs() for name, slope in _mean_slopes(model, some, batches).items()}
             for place, units in enumerate(all_units):
                 for span in spans_of(units):
@@ -87,18 +85,7 @@ def taylor(model: Any, all_units: list[Units], batches: MakeBatches | None = Non
     return found
 
 
-def _within(weights: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
-    """The weights in parts of so many bytes at the most in float32, or of one weight."""
-    part: dict[str, Any] = {}
-    for name, weight in weights.items():
-        if part and 4 * sum(one.numel() for one in (*part.values(), weight)) > most:
-            yield part
-            part = {}
-        part[name] = weight
-    yield part
-
-
-def _mean_slopes(model: Any, weights: dict[str, Any], batches: MakeBatches | None) -> dict[str, Tensor]:
+def _mean_slopes(model: Any, weights: dict[str, Tensor], batches: MakeBatches | None) -> dict[str, Tensor]:
     """dL/dw over all data, float32, of the loss that is a mean over all labels."""
     totals, seen = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}, 0.0
     with evaluating(model), torch.enable_grad():

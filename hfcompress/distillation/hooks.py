@@ -19,7 +19,7 @@ from hfcompress.distillation.teacher_cache import TeacherCache, fingerprint
 from hfcompress.distillation.teachers import Teacher, find, fitting, labels_of, unwrapped
 from hfcompress.distillation.terms import Layers, SoftTargets, Term
 from hfcompress.distillation.trl import ASKED, as_fused, unfused
-from hfcompress.layers.bitsandbytes import quiet_casts
+from hfcompress.layers.bnb_library import quiet_casts
 from hfcompress.surgery.units.gates import Removable
 
 

@@ -89,6 +89,11 @@ class Kind:
         """A module of plain operators that computes the same, for exporters."""
         return self
 
+    def fast_form(self: Any) -> nn.Module | None:
+        """What may take its place for inference alone, where that is faster here and takes more memory; None if nothing is, or
+        if nothing has to be put in its place."""
+        return None
+
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of anything that maps features: Linear, Conv1D (whose weight is (in, out)) or a stand-in, channels of a

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfcompress.checkpoint.errors import shown
 from hfcompress.layers.base import DTYPES
+from hfcompress.layers.bnb_library import library
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -30,9 +31,9 @@ def bad_scales(state: Any, count: int) -> str | None:
     blocks, nested = -(count // -state.blocksize), state.state2
     if wrong := bad_tensor("quant_map, the values of its codes,", state.code, 16, torch.float32):
         return wrong
-    from bitsandbytes.functional import get_4bit_type
-
-    if not torch.allclose(state.code, get_4bit_type(state.quant_type, device=state.code.device), atol=1e-6):
+    if not torch.allclose(
+        state.code, library().functional.get_4bit_type(state.quant_type, device=state.code.device), atol=1e-6
+    ):
         return f"quant_map, the values of its codes, are not those of {state.quant_type}, which kernels take for granted"
     if nested is None:
         return bad_tensor("absmax, the scales of its codes,", state.absmax, blocks, torch.float32)

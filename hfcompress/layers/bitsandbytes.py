@@ -1,13 +1,10 @@
 """bitsandbytes' Linear4bit and Linear8bitLt: their fields, how to make and freeze them, and what they need worked around.
 
-bitsandbytes itself is imported when a layer is made, not before.
+bitsandbytes itself is imported when a layer is made, not before: `library`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from hfcompress.checkpoint.errors import shown
 from hfcompress.layers.base import DTYPES, Kind, dense_fields, dense_linear, features, is_conv1d
 from hfcompress.layers.beside_codes import bad_scales, bad_tensor
+from hfcompress.layers.bnb_library import library
 
 THRESHOLD_LIMIT = 1000.0
 
@@ -39,7 +37,7 @@ class Linear4bit(Kind):
 
     @classmethod
     def build(cls, **fields: Any) -> nn.Module:
-        import bitsandbytes as bnb
+        bnb = library()
 
         dtype = fields.pop("compute_dtype")
         layer = bnb.nn.Linear4bit(fields.pop("in_features"), fields.pop("out_features"), compute_dtype=_dtype(dtype), **fields)
@@ -63,13 +61,12 @@ class Linear4bit(Kind):
     def from_codes(cls, layer: Any, codes: Tensor, scales: Tensor, **fields: Any) -> nn.Module:
         """The same in chosen codes (out, in), uint8, indices into `codebook(quant_type)`, and scales (out, blocks), float32, of
         any sign. The weight is then codebook[codes] times the scales, as `scales_read` gives them under double quantisation."""
-        from bitsandbytes.functional import QuantState, get_4bit_type
-
+        functional = library().functional
         new, kept = _four_bit(layer, **fields)
         quant_type, blocksize = kept["quant_type"], codes.shape[1] // scales.shape[1]
         absmax, offset, nested = _nested(scales) if kept["compress_statistics"] else (scales.flatten().contiguous(), None, None)
-        state: Any = QuantState(absmax=absmax, shape=codes.shape, dtype=layer.weight.dtype, quant_type=quant_type)
-        state.code, state.blocksize = get_4bit_type(quant_type, device=scales.device), blocksize
+        state: Any = functional.QuantState(absmax=absmax, shape=codes.shape, dtype=layer.weight.dtype, quant_type=quant_type)
+        state.code, state.blocksize = functional.get_4bit_type(quant_type, device=scales.device), blocksize
         state.offset, state.state2, state.nested = offset, nested, nested is not None
         packed = _packed(codes, quant_type)
         return _in_place_of(layer, new, _params(packed, quant_state=state, bnb_quantized=True, blocksize=blocksize, **kept))
@@ -105,7 +102,7 @@ class Linear4bit(Kind):
 
     @staticmethod
     def dequantised(layer: Any) -> Tensor:  # type: ignore[override]
-        import bitsandbytes as bnb
+        bnb = library()
 
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
@@ -116,6 +113,15 @@ class Linear4bit(Kind):
     @staticmethod
     def export_form(layer: Any) -> nn.Module:  # type: ignore[override]
         return dense_linear(Linear4bit.dequantised(layer), layer.bias)
+
+    @staticmethod
+    def fast_form(layer: Any) -> nn.Module | None:  # type: ignore[override]
+        if layer.weight.device.type != "cpu" or not _follows_input(layer):
+            return None
+        if not library().functional.has_avx512bf16():
+            return Linear4bit.export_form(layer)
+        layer.support_avx512bf16_for_cpu = True
+        return layer
 
 
 class Linear8bit(Kind):
@@ -132,7 +138,7 @@ class Linear8bit(Kind):
 
     @classmethod
     def build(cls, **fields: Any) -> nn.Module:
-        import bitsandbytes as bnb
+        bnb = library()
 
         layer = bnb.nn.Linear8bitLt(fields.pop("in_features"), fields.pop("out_features"), has_fp16_weights=False, **fields)
         layer.weight.data = layer.weight.data.to(torch.int8)
@@ -141,7 +147,7 @@ class Linear8bit(Kind):
     @classmethod
     def from_linear(cls, layer: Any, threshold: float = 0.0) -> nn.Module:
         """The low-bit twin of a Linear or Conv1D, on the same device."""
-        import bitsandbytes as bnb
+        bnb = library()
 
         new = bnb.nn.Linear8bitLt(*features(layer), layer.bias is not None, has_fp16_weights=False, threshold=threshold)
         weight = bnb.nn.Int8Params(_matrix(layer).cpu(), requires_grad=False, has_fp16_weights=False)
@@ -199,10 +205,8 @@ def codebook(quant_type: str) -> Tensor:
 def scales_read(scales: Tensor) -> Tensor:
     """Scales (out, blocks), float32, as double quantisation gives them back: 8-bit codes, in blocks of 256, of what they are
     off their mean by."""
-    from bitsandbytes.functional import dequantize_blockwise
-
     codes, offset, state = _nested(scales)
-    return dequantize_blockwise(codes, state).add_(offset).reshape(scales.shape)
+    return library().functional.dequantize_blockwise(codes, state).add_(offset).reshape(scales.shape)
 
 
 def frozen(layer: Any) -> nn.Module:
@@ -241,21 +245,6 @@ def needs_us(layer: nn.Module) -> bool:
     return bool(getattr(layer, "_many_dims", False))
 
 
-@contextmanager
-def quiet_casts() -> Iterator[None]:
-    """Without the line that bitsandbytes logs for every cast of every layer at every forward."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-
-    def quiet(record: logging.LogRecord) -> bool:
-        return "inputs will be cast" not in record.getMessage()
-
-    logger.addFilter(quiet)
-    try:
-        yield
-    finally:
-        logger.removeFilter(quiet)
-
-
 def _follows_input(layer: Any) -> bool:
     """Whether it computes in the dtype of its input, none having been asked for."""
     return hasattr(layer, "_follows_input") or layer.compute_dtype is None
@@ -271,23 +260,21 @@ def _four_bit(
     layer: Any, quant_type: str = "nf4", use_double_quant: bool = True, compute_dtype: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """A Linear4bit of a layer's sizes, without its weight, and what the weight is told."""
-    import bitsandbytes as bnb
+    bnb = library()
 
     kept: dict[str, Any] = {"quant_type": quant_type, "compress_statistics": use_double_quant}
     return bnb.nn.Linear4bit(*features(layer), layer.bias is not None, compute_dtype=_dtype(compute_dtype), **kept), kept
 
 
 def _params(data: Tensor, **kept: Any) -> Any:
-    import bitsandbytes as bnb
+    bnb = library()
 
     return bnb.nn.Params4bit(data, requires_grad=False, **kept)
 
 
 def _codebook(quant_type: str) -> tuple[Tensor, Tensor]:
     """The values of the codes, ascending and distinct, and the code of each, uint8."""
-    from bitsandbytes.functional import get_4bit_type
-
-    values, codes = get_4bit_type(quant_type, device="cpu").sort(stable=True)
+    values, codes = library().functional.get_4bit_type(quant_type, device="cpu").sort(stable=True)
     first = torch.cat([torch.ones(1, dtype=torch.bool), values.diff() > 0])  # FP4 has a zero and another below it
     return values[first], codes[first].to(torch.uint8)
 
@@ -299,11 +286,9 @@ def _packed(codes: Tensor, quant_type: str) -> Tensor:
 
 
 def _nested(scales: Tensor) -> tuple[Tensor, Tensor, Any]:
-    from bitsandbytes.functional import quantize_blockwise
-
     flat = scales.float().flatten()
     offset = flat.mean()
-    codes, state = quantize_blockwise(flat - offset, blocksize=256)
+    codes, state = library().functional.quantize_blockwise(flat - offset, blocksize=256)
     return codes, offset, state
 
 

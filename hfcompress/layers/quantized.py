@@ -120,6 +120,10 @@ class QuantLinear(Codes, nn.Linear):
     type_name = "QuantLinear"
     columns = "in_features"
     names = ("in_features", "out_features", "bias", "bits", "group_size", "symmetric")
+    keeps_unpacked = False
+    _prepacked: Tensor | None
+    _nibbles: tuple[Tensor, Tensor] | None
+    _unpacked: Tensor | None
 
     def __init__(
         self,
@@ -136,8 +140,7 @@ class QuantLinear(Codes, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self._allocate(out_features, in_features, bits, group_size, symmetric, device)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
-        self._prepacked: Tensor | None = None
-        self._unpacked: Tensor | None = None
+        self._forget()
 
     @classmethod
     def from_linear(cls, layer: Any, bits: int = 8, group_size: int | None = None, symmetric: bool = True) -> QuantLinear:
@@ -177,26 +180,42 @@ class QuantLinear(Codes, nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """By the kernel that is fastest here; see `kernels`."""
         rows = x.numel() // max(x.shape[-1], 1)
-        kernel = kernels.kernel_for(x, rows, self.in_features * self.out_features) if rows and self._has_kernels else "dense"
+        weights = self.in_features * self.out_features
+        kernel = kernels.kernel_for(x, rows, weights, self._kernels) if rows and self._kernels else "dense"
         if kernel == "integers":
             if self._prepacked is None:
                 self._prepacked = kernels.prepack(self.weight.data[:, 0])
             return kernels.by_integers(x, self._prepacked, self.scale[:, 0], bias)
-        if kernel == "weights":
-            return kernels.by_weights(x, self.weight.data[:, 0], self.scale[:, 0], bias)
+        if kernel == "bytes":
+            return kernels.by_bytes(x, self.weight.data[:, 0], self.scale[:, 0], bias)
+        if kernel == "nibbles":
+            if self._nibbles is None:
+                self._nibbles = kernels.nibbles(self.codes(), self.scale, self.offset)
+            return kernels.by_nibbles(x, *self._nibbles, bias)
         return functional.linear(x, self._unpacked_for(x), None if bias is None else bias.to(x.dtype))
 
     def _unpacked_for(self, x: Tensor) -> Tensor:
-        """The weight in the dtype of x; kept where the layer is so small that unpacking takes as long as the product."""
-        if self.in_features * self.out_features > kernels.SMALL or x.device.type != "cpu" or torch.compiler.is_compiling():
+        """The weight in the dtype of x; kept if asked, and where the layer is so small that unpacking takes as long as the
+        product."""
+        is_kept = self.keeps_unpacked or self.in_features * self.out_features <= kernels.SMALL
+        if not is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
             return self.dequantised().to(x.dtype)
         if self._unpacked is None or self._unpacked.dtype != x.dtype:
             self._unpacked = self.dequantised().to(x.dtype)
         return self._unpacked
 
     @property
-    def _has_kernels(self) -> bool:
-        return self.bits == 8 and self.symmetric and self.group_size is None
+    def _kernels(self) -> tuple[str, ...]:
+        """Those that read such codes."""
+        if self.bits == 8:
+            return ("integers", "bytes") if self.symmetric and self.group_size is None else ()
+        fit = (self.group_size or self.in_features) in kernels.GROUPS and self.out_features % kernels.ROWS == 0
+        return ("nibbles",) if fit else ()
+
+    def _forget(self) -> None:
+        """What was made of the codes, for products here."""
+        self._prepacked = self._unpacked = None
+        self._nibbles = None
 
     def recoded(self, weight: Tensor) -> QuantLinear:
         """The same layer in nearest codes of another weight (out, in)."""
@@ -207,21 +226,25 @@ class QuantLinear(Codes, nn.Linear):
     def export_form(self) -> nn.Module:
         return dense_linear(self.dequantised(), self.bias)
 
+    def fast_form(self) -> None:
+        """Whatever has to be unpacked for a product here is so once."""
+        self.keeps_unpacked = True
+
     def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
         super().set_codes(codes, scale, offset)
-        self._prepacked = self._unpacked = None
+        self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._prepacked = self._unpacked = None
+        self._forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepacked = self._unpacked = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made of the codes for products here; copies and pickles make it again."""
-        return {**self.__dict__, "_prepacked": None, "_unpacked": None}
+        return {**self.__dict__, "_prepacked": None, "_nibbles": None, "_unpacked": None}
 
 
 class QuantEmbedding(Codes, nn.Embedding):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import holds_codes, kind_of, prepare
 from hfcompress.layers.bitsandbytes import is_repacked
+from hfcompress.layers.bnb_library import import_first
 from hfcompress.layers.quantized import QuantLinear
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery.lora import (
@@ -116,6 +117,7 @@ class Adapters(Method):
             )
 
     def _put_in(self, model: Any, task: Any, splits: dict[str, Split]) -> None:
+        import_first()
         from peft import LoraConfig
 
         whole = task_heads(model, self.target_modules) if self.modules_to_save is None else self.modules_to_save

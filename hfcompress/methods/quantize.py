@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
-from hfcompress.calibration.allocation import least_harm
+from hfcompress.calibration.allocation import Target, least_harm
 from hfcompress.calibration.batches import MakeBatches
 from hfcompress.calibration.codes import Stage
 from hfcompress.calibration.formats import BitsAndBytes4, BitsAndBytes8, Format, Ours
@@ -83,6 +83,14 @@ class Quantize(Method):
     target_megabytes: float | None = Field(
         None, gt=0, description="The same for what the whole model takes on disk, in 1e6 bytes."
     )
+    max_drop: float | None = Field(
+        None, gt=0, description="Instead: the fewest bytes with which the loss on the samples grows by no more than this."
+    )
+    swaps: int = Field(
+        4,
+        ge=0,
+        description="Of target_bits and target_megabytes: exchanges of bits between layers to try on the model.",
+    )
     embeddings: Literal[8, 4] | None = Field(
         None, description="Bits of input and output embeddings, tied or not, in hfcompress' layers; dense if absent."
     )
@@ -126,7 +134,10 @@ class Quantize(Method):
                 f"{' and '.join(sorted(idle))} belong to calibrate: diagonal, feedback or rounding; set one of "
                 f"these, or remove what belongs to it"
             )
-        if self._has_target and (several := sorted({"bits", "bits_pattern", "target_bits", "target_megabytes"} & given))[1:]:
+        if {"swaps"} & given and self.target_bits is None and self.target_megabytes is None:
+            raise ValueError("swaps belongs to target_bits and target_megabytes; set one of these, or remove swaps")
+        rivals = {"bits", "bits_pattern", "target_bits", "target_megabytes", "max_drop"}
+        if self._has_target and (several := sorted(rivals & given))[1:]:
             raise ValueError(f"{' and '.join(several)} decide the same; leave one of them")
         return self
 
@@ -136,7 +147,7 @@ class Quantize(Method):
 
     @property
     def _has_target(self) -> bool:
-        return self.target_bits is not None or self.target_megabytes is not None
+        return any(target is not None for target in (self.target_bits, self.target_megabytes, self.max_drop))
 
     @property
     def _possible_bits(self) -> set[int]:
@@ -275,9 +286,9 @@ class Quantize(Method):
             names,
             {bits: self._format(bits) for bits in (4, 8)},
             batches,
-            target_bits=self.target_bits,
-            target_bytes=None if self.target_megabytes is None else self.target_megabytes * 1e6,
+            Target(self.target_bits, None if self.target_megabytes is None else self.target_megabytes * 1e6, self.max_drop),
             coded=coded,
+            swaps=self.swaps,
         )
 
     def _code_linears(self, model: Any, formats: dict[str, Format], batches: MakeBatches | None) -> None:

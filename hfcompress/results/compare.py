@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfcompress.layers.fast import fast
 from hfcompress.results.measure import finite, machine, settings_of, undisturbed, weigh
 from hfcompress.results.table import Fitted, as_count, as_number, as_times, shortened
 from hfcompress.results.timing import interval, least_and_median, significant, timed_forward
@@ -80,13 +81,17 @@ def compare(
     pairs: int = 15,
     names: tuple[str, str] = ("A", "B"),
     task_b: Any = None,
+    faster: bool = False,
 ) -> Comparison:
     """Score two models and time them in turns, so that whatever else the machine does falls on both alike.
 
-    `task_b`: the task as the second model reads it, if it has another tokenizer.
+    `task_b`: the task as the second model reads it, if it has another tokenizer. `faster`: both are switched to inference
+    (`fast`) once they are weighed, and stay so.
     """
     models, tasks = (model_a, model_b), (task, task_b or task)
     counts = [weigh(model) for model in models]
+    for model in models if faster else ():
+        fast(model)
     latency = {}
     with ExitStack() as stack:
         for model in models:

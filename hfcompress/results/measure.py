@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.layers.bitsandbytes import quiet_casts
+from hfcompress.layers.bnb_library import quiet_casts
+from hfcompress.layers.fast import fast
 from hfcompress.results.timing import REPETITIONS, Intervals, Latency, device_of, timed, timed_in_turns
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_int8", "amx_bf16")
@@ -75,16 +76,21 @@ def measure(
     score: Callable[[nn.Module], dict[str, float]] | None = None,
     beside: nn.Module | None = None,
     control: dict[str, Any] | None = None,
+    faster: bool = False,
 ) -> Row:
     """Count, weigh, time and score a model, and leave it as it was.
 
     `task` has `score(model)`, `example(batch_size)`, `headline` and `higher_is_better`. `seconds`: what the step took.
     `score` stands in for the task's own: `task.remember` scores and keeps the predictions. `beside`: the reference, timed in
-    turns with the model, so that whatever else the machine does falls on both alike. `control`: see `Row`.
+    turns with the model, so that whatever else the machine does falls on both alike. `control`: see `Row`. `faster`: it is
+    switched to inference (`fast`) once it is weighed, and stays so; what it takes in memory then is not told.
     Raises CompressionError where the task doesn't score its own headline.
     """
     count = weigh(model)  # before any forward: a bitsandbytes layer may repack itself there
     notes = ("timed on 4-bit weights that bitsandbytes had already repacked",) if _repacked(model) else ()
+    if faster:
+        notes = (*notes, "layers of codes were switched to inference (fast) once they were weighed")
+        fast(model)
     with undisturbed(model):
         latency, reference, times_faster = _timed(model, task, beside)
         # Timing came first, so that lazily mapped weights are resident before memory is watched.
@@ -103,7 +109,7 @@ def measure(
         higher_is_better=bool(task.higher_is_better),
         nonzero=count["nonzero"],
         stored_elements=count["stored_elements"],
-        peak_memory_megabytes=None if growth is None else (count["bytes"] + growth) / 1e6,
+        peak_memory_megabytes=None if growth is None or faster else (count["bytes"] + growth) / 1e6,
         seconds=seconds,
         settings=settings_of(model, task),
         notes=(*notes, *getattr(task, "notes", ())),
@@ -217,7 +223,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     None if bias is None else bias.data,
                 )
             )
-            if hasattr(module, "support_avx512bf16_for_cpu"):
+            if hasattr(module, "support_avx512bf16_for_cpu") and not getattr(module, "is_fast", False):
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.eval()
     try:

@@ -40,6 +40,9 @@ TaskOption = Annotated[
     str | None,
     typer.Option("--task", help="The task as YAML: '{name: text-classification, dataset: glue/sst2}'; its recipe's if absent."),
 ]
+FastOption = Annotated[
+    bool, typer.Option("--fast", help="Switch low-bit layers to what is fastest here, at the price of memory, once weighed.")
+]
 
 GOAL_MISSED = 3
 """The exit code of a run whose result is whole and missed its goal."""
@@ -233,7 +236,9 @@ def verify(folder: Folder) -> None:
 
 
 @app.command("eval")
-def evaluate_model(folder: Folder, task: TaskOption = None, trust_metrics: TrustOption = False) -> None:
+def evaluate_model(
+    folder: Folder, task: TaskOption = None, trust_metrics: TrustOption = False, fast: FastOption = False
+) -> None:
     """Measure any model folder: parameters, megabytes, latency, memory, score."""
     _quiet_transformers()
     from hfcompress.results.report import Report, measure
@@ -242,12 +247,14 @@ def evaluate_model(folder: Folder, task: TaskOption = None, trust_metrics: Trust
     chosen = _trusting(_task_of(folder, task), trust_metrics)
     chosen.open(folder)
     report = Report()
-    report.add(measure(open_model(folder, chosen), chosen, folder))
+    report.add(measure(open_model(folder, chosen), chosen, folder, faster=fast))
     console.print(report.table())
 
 
 @app.command()
-def compare(a: Folder, b: Folder, task: TaskOption = None, trust_metrics: TrustOption = False) -> None:
+def compare(
+    a: Folder, b: Folder, task: TaskOption = None, trust_metrics: TrustOption = False, fast: FastOption = False
+) -> None:
     """Measure two models interleaved, and say where the difference is not significant."""
     _quiet_transformers()
     from hfcompress.results.compare import compare as compare_models
@@ -264,7 +271,7 @@ def compare(a: Folder, b: Folder, task: TaskOption = None, trust_metrics: TrustO
         other = _trusting(_task_of(b, task, a), trust_metrics).open(b)
     # one door, so that both lie on the same device
     models = open_model(a, chosen), open_model(b, other)
-    console.print(compare_models(*models, chosen, names=(a, b), task_b=other).table())
+    console.print(compare_models(*models, chosen, names=(a, b), task_b=other, faster=fast).table())
 
 
 @app.command()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.structure import twin
 from hfcompress.layers import KINDS, features, holds_codes, kind_of
+from hfcompress.layers.bnb_library import import_first
 from hfcompress.layers.quantized import QuantLinear
 from hfcompress.surgery.modules import forget_codes, swap
 
@@ -35,6 +36,7 @@ class Split(NamedTuple):
 
 def adapted(model: nn.Module) -> dict[str, Any]:
     """The layers that adapters stand on, by name."""
+    import_first()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint.artifact import complete
 from hfcompress.checkpoint.errors import CompressionError, first_line
+from hfcompress.layers.bnb_library import import_first
 from hfcompress.tasks.data import resolve_address
 
 
@@ -126,8 +127,10 @@ def open_model(
     if gguf:
         asked["quantization_config"] = GgufConfig(**gguf, dequantize=True)
     place = torch.device(device) if device is not None else _default_device()
-    if getattr(config, "quantization_config", None) is not None and torch.accelerator.is_available():
-        asked["device_map"] = {"": place}  # low-bit layers can't be moved later, and would go to the accelerator unasked
+    if getattr(config, "quantization_config", None) is not None:
+        import_first()
+        if torch.accelerator.is_available():
+            asked["device_map"] = {"": place}  # low-bit layers can't be moved later, and would go to the accelerator unasked
     with _explained(str(path), "weights"), quiet_transformers(), _quiet_bar(bool(gguf)), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, told = kind.from_pretrained(where, output_loading_info=True, **{**asked, **kwargs})

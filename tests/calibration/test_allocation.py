@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from hfcompress.calibration.allocation import Choice, allocated, read_together, squared_slopes
+from hfcompress.calibration.allocation import read_together, squared_slopes
 from hfcompress.calibration.formats import Ours, harm, stored_bytes
+from hfcompress.calibration.knapsack import Choice, allocated
+from hfcompress.calibration.trial import Trial
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import kind_of
 from hfcompress.methods import Quantize
@@ -112,6 +114,53 @@ def test_target_megabytes_are_those_of_the_whole_model() -> None:
         assert 0.5 * target < weigh(model)["bytes"] / 1e6 <= target
 
 
+def loss(model: Any, data: FewBatches, samples: int = 16) -> float:
+    """The mean over labels, by hand."""
+    with torch.no_grad():
+        batches = list(data.batches(model, samples))
+        sums = [model.eval()(**batch).loss * len(batch["labels"]) for batch in batches]
+        return float(sum(sums)) / sum(len(batch["labels"]) for batch in batches)
+
+
+def test_max_drop_holds_on_the_model_itself_and_more_saves_more() -> None:
+    sizes = []
+    for drop in (1e-7, 1e-5, 10.0):
+        model, data = tiny_model("bert"), FewBatches("bert")
+        before = loss(model, data)
+        Quantize(engine="hfcompress", max_drop=drop, samples=16).run(model, data)
+        assert loss(model, data) - before <= drop + 1e-6
+        sizes.append(weigh(model)["bytes"])
+    assert sizes[0] > sizes[1] >= sizes[2]
+    smallest = tiny_model("bert")
+    Quantize(4, engine="hfcompress").run(smallest, None)
+    assert sizes[2] == weigh(smallest)["bytes"]
+
+
+def test_swaps_never_make_the_loss_larger_nor_the_model() -> None:
+    found = {}
+    for swaps in (0, 12):
+        model, data = tiny_model("bert", layers=3), FewBatches("bert")
+        Quantize(engine="hfcompress", target_bits=6, swaps=swaps, samples=16).run(model, data)
+        found[swaps] = loss(model, data), weigh(model)["bytes"]
+    assert found[12][0] < found[0][0], "one of twelve helps here"
+    weights = sum(module.weight.numel() for module in tiny_model("bert", layers=3).modules() if isinstance(module, nn.Linear))
+    assert abs(found[12][1] - found[0][1]) < weights / 4
+
+
+def test_a_trial_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tiny_model("bert"), FewBatches("bert")
+    layers = dict(model.named_modules())
+    with Trial(model, [[QUERY]], {4: Ours(4, 16, True)}, lambda: data.batches(model, 8), "a test") as trial:
+        dense, coded = trial.loss([16]), trial.loss([4])
+        assert kind_of(model.get_submodule(QUERY)) == "quant_linear"
+        assert coded != dense == trial.loss([16])
+    assert dict(model.named_modules()) == layers
+    with pytest.raises(RuntimeError), Trial(model, [[QUERY]], {4: Ours(4, 16, True)}, lambda: data.batches(model, 8), "a test"):
+        trial.loss([4])
+        raise RuntimeError
+    assert model.get_submodule(QUERY) is not None
+
+
 def test_targets_that_can_not_be_met_tell_the_least() -> None:
     model = tiny_model("bert")
     with pytest.raises(
@@ -120,12 +169,16 @@ def test_targets_that_can_not_be_met_tell_the_least() -> None:
         Quantize(engine="hfcompress", target_bits=2).run(model, FewBatches("bert"))
     with pytest.raises(CompressionError, match=r"target_megabytes: 0\.001 can't be met: .* MB; choose that or more"):
         Quantize(engine="hfcompress", target_megabytes=0.001).run(model, FewBatches("bert"))
+    with pytest.raises(CompressionError, match=r"max_drop: 1e-12 can't be met: .*; choose more, calibrate"):
+        Quantize(engine="hfcompress", max_drop=1e-12, samples=8).run(model, FewBatches("bert"))
     with pytest.raises(CompressionError, match="a target needs calibration data, with labels"):
         Quantize(target_bits=5).run(model, None)
     assert not any(kind_of(module) == "quant_linear" for module in model.modules())
     for fields, says in (
         ({"bits": 8, "target_bits": 5}, "bits and target_bits decide the same"),
         ({"target_megabytes": 8, "target_bits": 5}, "target_bits and target_megabytes decide the same"),
+        ({"max_drop": 0.1, "target_bits": 5}, "max_drop and target_bits decide the same"),
+        ({"max_drop": 0.1, "swaps": 5}, "swaps belongs to target_bits and target_megabytes"),
     ):
         with pytest.raises(ValueError, match=says):
             Quantize(**fields)

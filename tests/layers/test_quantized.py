@@ -16,7 +16,7 @@ from hfcompress.layers import KINDS, kernels
 from hfcompress.layers.packing import packed, rounded, unpacked
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
 
-INTO, OUT = 96, 40
+INTO, OUT = 96, 48
 
 
 def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -66,7 +66,7 @@ def test_rows_that_are_zero_tiny_or_equal_are_kept(bits: int, symmetric: bool) -
 def test_integers_add_up_exactly_with_codes_at_their_ends() -> None:
     """Without VNNI, oneDNN is off by a tenth there if inputs use all of 8 bits: how many steps they have is found out."""
     if not kernels.steps():
-        assert kernels.kernel_for(given(9), 9, 2**30) == "dense"
+        assert kernels.kernel_for(given(9), 9, 2**30, ["integers"]) == "dense"
         return
     torch.manual_seed(0)
     for rows in (1, 5, 300):
@@ -78,15 +78,19 @@ def test_integers_add_up_exactly_with_codes_at_their_ends() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_kernel_says_what_the_dense_product_says(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bias: bool) -> None:
-    layer = QuantLinear.from_linear(linear(dtype, bias))
-    kinds = ["dense", *(["integers"] if kernels.steps() else []), *(["weights"] if dtype == torch.bfloat16 else [])]
+@pytest.mark.parametrize("codes", [(8, None, True), (4, 32, True), (4, 32, False)], ids=str)
+def test_every_kernel_says_what_the_dense_product_says(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bias: bool, codes: tuple[Any, ...]
+) -> None:
+    layer = QuantLinear.from_linear(linear(dtype, bias), *codes)
+    unpacking = ["nibbles" if codes[0] == 4 else "bytes"] if kernels.unpacks() else []
+    kinds = ["dense", *unpacking, *(["integers"] if codes[0] == 8 and kernels.steps() else [])]
     for size in ((), (1,), (2, 3), (2, 150)):
         x = given(*size, dtype=dtype)
         expected = functional.linear(x.double(), layer.dequantised().double(), layer.bias.double() if bias else None).to(dtype)
         for kind in kinds:
             monkeypatch.setattr(kernels, "kernel_for", lambda *_, kind=kind: kind)
-            allowed = {"dense": 1e-6, "weights": 1e-2, "integers": 0.02 if kernels.steps() < 127 else 0.01}[kind]
+            allowed = {"dense": 1e-6, "integers": 0.02 if kernels.steps() < 127 else 0.01}.get(kind, 1e-2)
             assert off(layer(x), expected) < max(allowed, 4 * torch.finfo(dtype).eps), (kind, size)
 
 
@@ -113,12 +117,30 @@ def test_projections_that_read_the_same_share_its_rounding() -> None:
         assert kernels.rounded_rows(inner)[0] is not kernels.rounded_rows(inner)[0]
 
 
-def test_small_products_are_dense_and_large_ones_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    eight, four, half = ("integers", "bytes"), ("nibbles",), torch.bfloat16
     monkeypatch.setattr(kernels, "steps", lambda: 63)
-    assert kernels.kernel_for(given(9), 9, 2**20) == "dense"
-    assert kernels.kernel_for(given(64), 64, 2**20) == "integers"
-    assert kernels.kernel_for(given(4, dtype=torch.bfloat16), 4, 2**10) == "weights"
-    assert kernels.kernel_for(given(64, dtype=torch.bfloat16), 64, 2**20) == "integers"
+    monkeypatch.setattr(kernels, "unpacks", lambda: True)
+    for slow in (True, False):
+        monkeypatch.setattr(kernels, "slow_bfloat16", lambda slow=slow: slow)
+        for rows, weights, dtype, possible, expected in (
+            (9, 2**20, torch.float32, eight, "dense"),
+            (64, 2**20, torch.float32, eight, "integers"),
+            (64, 2**20, torch.float32, four, "dense"),
+            (1, 2**20, torch.float32, four, "nibbles"),
+            (4, 2**26, torch.float32, eight, "bytes"),
+            (4, 2**18, torch.float32, eight, "dense"),
+            (4, 2**10, half, eight, "bytes"),
+            (64, 2**20, half, eight, "integers"),
+            (9, 2**20, half, eight, "bytes" if slow else "dense"),
+            (900, 2**20, half, four, "nibbles" if slow else "dense"),
+            (1, 2**20, half, (), "dense"),
+            (1, 2**20, torch.float64, eight, "dense"),
+        ):
+            found = kernels.kernel_for(given(1, dtype=dtype), rows, weights, possible)
+            assert found == expected, (rows, weights, dtype, possible, slow)
+    monkeypatch.setattr(kernels, "unpacks", lambda: False)
+    assert kernels.kernel_for(given(1), 1, 2**20, four) == "dense"
 
 
 def test_what_a_small_layer_keeps_unpacked_follows_its_codes() -> None:

@@ -30,7 +30,7 @@ STEPS = [
     (Quantize(8), Quantize(4, **OURS, symmetric=False, calibrate="scales")),
     (Quantize(8, **OURS), Quantize(4, calibrate="feedback", samples=16)),
     (Quantize(4), Quantize(4, **OURS, calibrate="diagonal", samples=16)),
-    (Quantize(4, quant_type="fp4"), Quantize(4, calibrate="rounding", samples=16)),
+    (Quantize(4, quant_type="fp4"), Quantize(4, calibrate="diagonal", samples=16)),
 ]
 
 
