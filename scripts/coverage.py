@@ -36,7 +36,7 @@ from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.quantizer import forget_reading
 from hfcompress.layers import holds_codes
-from hfcompress.layers.bitsandbytes import quiet_casts
+from hfcompress.layers.bnb_library import quiet_casts
 from hfcompress.layers.low_rank import LowRankLinear
 from hfcompress.methods import LowRank, Quantize
 from hfcompress.surgery.depth.drop import keep_layers

@@ -19,7 +19,7 @@ from hfcompress.calibration.batches import Batches
 from hfcompress.checkpoint.artifact import save
 from hfcompress.checkpoint.describe import diff
 from hfcompress.layers import holds_codes
-from hfcompress.layers.bitsandbytes import quiet_casts
+from hfcompress.layers.bnb_library import quiet_casts
 from hfcompress.layers.quantized import QuantLinear
 from hfcompress.surgery.lora import adapted
 from hfcompress.surgery.modules import HALVES
