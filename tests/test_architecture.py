@@ -125,17 +125,8 @@ def test_the_two_sides_never_meet() -> None:
         *(
             f".{name}"
             for name in (
-                *(
-                    "base",
-                    "beside_codes",
-                    "bitsandbytes",
-                    "bnb_library",
-                    "dense",
-                    "kernels",
-                    "low_rank",
-                    "packing",
-                    "quantized",
-                ),
+                *("base", "beside_codes", "bitsandbytes", "bnb_library", "dense", "kernels", "low_rank", "packing"),
+                *("quantized", "quantized_conv"),
             )
         ),
     )

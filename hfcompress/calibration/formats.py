@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from hfcompress.layers.quantized import QuantLinear, mismatch
 
 class Format(Protocol):
     """One way to store a Linear or Conv1D."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether a layer is stored so."""
 
     def misfit(self, layer: nn.Module) -> str | None:
         """Why a layer of this size can't be stored so; None if it can."""
@@ -41,6 +48,14 @@ class BitsAndBytes4:
     use_double_quant: bool
     compute_dtype: str | None
     blocksize: int
+    bits: ClassVar[int] = 4
+
+    def holds(self, layer: Any) -> bool:
+        if kind_of(layer) != "linear_4bit":
+            return False
+        state = layer.weight.quant_state
+        own = (state.quant_type, state.nested, state.blocksize)
+        return own == (self.quant_type, self.use_double_quant, self.blocksize)
 
     @property
     def _fields(self) -> dict[str, Any]:
@@ -67,6 +82,10 @@ class BitsAndBytes8:
     """LLM.int8()."""
 
     threshold: float
+    bits: ClassVar[int] = 8
+
+    def holds(self, layer: nn.Module) -> bool:
+        return kind_of(layer) == "linear_8bit"
 
     def misfit(self, layer: nn.Module) -> str | None:
         return None
@@ -88,6 +107,10 @@ class Ours:
     bits: int
     group_size: int | None
     symmetric: bool
+
+    def holds(self, layer: nn.Module) -> bool:
+        own = (self.bits, self.group_size, self.symmetric)
+        return isinstance(layer, QuantLinear) and (layer.bits, layer.group_size, layer.symmetric) == own
 
     def misfit(self, layer: nn.Module) -> str | None:
         return mismatch(features(layer)[0], self.bits, self.group_size)

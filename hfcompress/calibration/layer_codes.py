@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hfcompress.calibration.batches import MakeBatches
@@ -17,6 +18,7 @@ from hfcompress.calibration.processes import agreed, processes
 from hfcompress.calibration.progress import progress
 from hfcompress.calibration.second_moments import DAMPING, Moments, Projection
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers import dense_form
 from hfcompress.layers.base import features, is_conv1d
 from hfcompress.layers.bitsandbytes import codebook, scales_read
 
@@ -49,7 +51,7 @@ def calibrated_codes(
     damping: float = DAMPING,
     asked: str = "calibrate",
 ) -> list[CodedLayer]:
-    """Call `then` with each of these Linear and Conv1D layers and its codes, as `choose_codes` finds them at this stage.
+    """Call `then` with each of these Linear and Conv1D layers, or codes of one, and its codes, as `choose_codes` finds them.
 
     `then` puts the codes in the layer's place, so that those after it are chosen on what it says by then. A layer that no token
     comes to gets the codes of the stage `scales`; a line says so. CompressionError where what a layer reads, or its weight, is
@@ -59,7 +61,7 @@ def calibrated_codes(
 
     def choose(name: str, moments: Moments | None) -> None:
         module = model.get_submodule(name)
-        weight = Projection(name, 0 if is_conv1d(module) else 1).weights(model)[0][1]
+        weight = _matrix(module, model.dtype)
         square = None if moments is None else moments.square(about_mean=False)
         if not bool(weight.isfinite().all()):
             raise CompressionError(
@@ -98,6 +100,12 @@ def calibrated_codes(
         line = "%s: the %s of %d layers are off by %.3g of their mean square, and would be by %.3g if rounded plainly."
         log.info(line, asked, what, len(told), chosen, plain)
     return told
+
+
+def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(out, in): the weight of a dense layer, or what its codes stand for, in this dtype."""
+    dense: Any = dense_form(layer, dtype)
+    return dense.weight.detach().T if is_conv1d(dense) else dense.weight.detach()  # type: ignore[no-any-return]
 
 
 def _without_data(stage: Stage) -> Stage:

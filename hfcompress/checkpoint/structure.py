@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from hfcompress.checkpoint.errors import CompressionError, shown
 from hfcompress.checkpoint.integers import largest, set_count
-from hfcompress.layers import KINDS, features, kind_of
+from hfcompress.layers import KINDS, kind_of
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
@@ -123,10 +123,9 @@ def _check_edit(name: str, edit: Any, old: nn.Module) -> None:
                 refuse(f"{shown(key)} = {shown(value)} is not an integer from 1 to {most}")
         return
     kind = KINDS[edit["kind"]]
-    if kind_of(old) not in kind.replaces:
+    if (kind_of(old) or type(old).__name__) not in kind.replaces:
         refuse(f"a {type(old).__name__} can't become a {edit['kind']}")
-    limits = dict(zip(kind.sizes, features(old), strict=True))
-    if wrong := kind.mistake(fields, limits | {"rank": min(limits.values())}):
+    if wrong := kind.mistake(fields, kind.limits(old)):
         refuse(wrong)
 
 

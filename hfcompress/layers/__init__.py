@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from hfcompress.layers.base import DTYPES, Kind, features
+from hfcompress.layers.base import DTYPES, Kind, dense_linear, features
 from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit
 from hfcompress.layers.dense import DenseConv1D, DenseEmbedding, DenseLinear
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
+from hfcompress.layers.quantized_conv import QuantConv
 
 KINDS: dict[str, type[Kind]] = {
     "linear": DenseLinear,
@@ -20,10 +22,11 @@ KINDS: dict[str, type[Kind]] = {
     "linear_8bit": Linear8bit,
     "quant_linear": QuantLinear,
     "quant_embedding": QuantEmbedding,
+    "quant_conv": QuantConv,
 }
 _KIND_BY_TYPE = {kind.type_name: name for name, kind in KINDS.items()}
 
-__all__ = ["DTYPES", "KINDS", "Kind", "features", "holds_codes", "kind_of", "prepare", "stands_in"]
+__all__ = ["DTYPES", "KINDS", "Kind", "dense_form", "features", "holds_codes", "kind_of", "prepare", "stands_in"]
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -36,6 +39,13 @@ def holds_codes(module: nn.Module) -> bool:
     """Whether a layer holds its weight as codes of few bits."""
     kind = kind_of(module)
     return kind is not None and KINDS[kind].holds_codes
+
+
+def dense_form(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The Linear that a linear layer of codes stands for, its weight in this dtype, its bias shared; a dense one is its own."""
+    if not holds_codes(layer):
+        return layer
+    return dense_linear(KINDS[kind_of(layer) or ""].dequantised(layer).to(dtype), layer.bias)  # type: ignore[arg-type]
 
 
 def prepare(layer: nn.Module) -> None:

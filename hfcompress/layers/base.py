@@ -25,7 +25,7 @@ class Kind:
     sizes: ClassVar[tuple[str, str]] = ("in_features", "out_features")
     """Those among `names` that are bounded by the dense layer's."""
     replaces: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    """The kinds that it may stand in for."""
+    """The kinds that it may stand in for, and classes of torch that need no kind."""
     holds_codes: ClassVar[bool] = False
     """Whether the weight is stored as codes of few bits, which can be neither trained nor cut."""
     is_ours: ClassVar[bool] = True
@@ -43,18 +43,24 @@ class Kind:
         raise NotImplementedError
 
     @classmethod
-    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+    def allows(cls, key: str, value: Any, limits: dict[str, Any]) -> bool:
         """Whether a field that is no size may have this value, which comes from a file and is not trusted."""
         return key == "bias" and type(value) is bool
 
     @classmethod
-    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
-        """What is wrong with fields that a checkpoint names; None if nothing is. `limits`: of each size, and of `rank`."""
+    def limits(cls, old: nn.Module) -> dict[str, Any]:
+        """What the fields may be where it stands in for this layer: the most of each size, and of `rank`."""
+        most = dict(zip(cls.sizes, features(old), strict=True))
+        return most | {"rank": min(most.values())}
+
+    @classmethod
+    def mistake(cls, fields: dict[str, Any], limits: dict[str, Any]) -> str | None:
+        """What is wrong with fields that a checkpoint names; None if nothing is."""
         own = {size: value for size in cls.sizes if type(value := fields.get(size)) is int}
         for key, value in fields.items():
             if key not in cls.names:
                 return f"{shown(key)} is not allowed: {cls.type_name} has {', '.join(cls.names)}"
-            if key in limits:
+            if type(limits.get(key)) is int:
                 if type(value) is not int or not 0 < value <= limits[key]:
                     return f"{key} = {shown(value)} is not an integer from 1 to {limits[key]}"
             elif not cls.allows(key, value, limits | own):
@@ -72,7 +78,11 @@ class Kind:
         self.requires_grad_(False)
 
     def dequantised(self: Any) -> Tensor:
-        """The dense weight it computes with: (out, in), or (rows, columns) of a table."""
+        """The dense weight it computes with: (out, in), (rows, columns) of a table, or as a convolution has it."""
+        raise NotImplementedError
+
+    def code_bits(self: Any) -> int:
+        """Bits a weight of its codes."""
         raise NotImplementedError
 
     def export_form(self: Any) -> nn.Module:
@@ -86,12 +96,14 @@ class Kind:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of anything that maps features: Linear, Conv1D (whose weight is (in, out)) or a stand-in; (rows, columns) of a
-    table."""
+    """(in, out) of anything that maps features: Linear, Conv1D (whose weight is (in, out)) or a stand-in, channels of a
+    convolution; (rows, columns) of a table."""
     if is_conv1d(module):
         return module.nx, module.nf  # type: ignore[return-value]
     if hasattr(module, "num_embeddings"):
         return module.num_embeddings, module.embedding_dim  # type: ignore[return-value]
+    if hasattr(module, "in_channels"):
+        return module.in_channels, module.out_channels  # type: ignore[return-value]
     return module.in_features, module.out_features  # type: ignore[return-value]
 
 

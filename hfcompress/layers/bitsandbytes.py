@@ -72,7 +72,7 @@ class Linear4bit(Kind):
         return _in_place_of(layer, new, _params(packed, quant_state=state, bnb_quantized=True, blocksize=blocksize, **kept))
 
     @classmethod
-    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+    def allows(cls, key: str, value: Any, limits: dict[str, Any]) -> bool:
         return {
             "bias": type(value) is bool,
             "compress_statistics": type(value) is bool,
@@ -105,6 +105,10 @@ class Linear4bit(Kind):
         bnb = library()
 
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+    @staticmethod
+    def code_bits(layer: Any) -> int:  # type: ignore[override]
+        return 4
 
     @staticmethod
     def export_form(layer: Any) -> nn.Module:  # type: ignore[override]
@@ -150,7 +154,7 @@ class Linear8bit(Kind):
         return _in_place_of(layer, new, weight)
 
     @classmethod
-    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+    def allows(cls, key: str, value: Any, limits: dict[str, Any]) -> bool:
         if key == "threshold":
             return type(value) in (int, float) and 0 <= value <= THRESHOLD_LIMIT
         return key == "bias" and type(value) is bool
@@ -171,6 +175,10 @@ class Linear8bit(Kind):
     @staticmethod
     def dequantised(layer: Any) -> Tensor:  # type: ignore[override]
         return layer.weight.data.float() * (_row_scales(layer).float()[:, None] / 127)
+
+    @staticmethod
+    def code_bits(layer: Any) -> int:  # type: ignore[override]
+        return 8
 
     @staticmethod
     def export_form(layer: Any) -> nn.Module:  # type: ignore[override]

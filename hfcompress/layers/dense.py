@@ -65,7 +65,7 @@ class DenseEmbedding(Kind):
         return nn.Embedding(**fields)
 
     @classmethod
-    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+    def allows(cls, key: str, value: Any, limits: dict[str, Any]) -> bool:
         return key == "padding_idx" and (value is None or (type(value) is int and 0 <= value < limits["num_embeddings"]))
 
     @staticmethod

@@ -47,23 +47,32 @@ class Codes(nn.Module, Kind):
     def stored_dtype(self) -> torch.dtype:
         return torch.int8 if self.bits == 8 and self.symmetric else torch.uint8
 
+    @property
+    def stored(self) -> Tensor:
+        """(rows, groups, bytes): the codes as they are kept."""
+        return self.weight.data  # type: ignore[no-any-return]
+
+    @stored.setter
+    def stored(self, codes: Tensor) -> None:
+        self.weight.data = codes
+
     def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
         """(rows, groups, group_size) integers, and (rows, groups) what they are worth; see `packing.rounded`."""
-        self.weight.data = packed(codes, self.bits, self.symmetric).to(self.weight.device).contiguous()
+        self.stored = packed(codes, self.bits, self.symmetric).to(self.weight.device).contiguous()
         self.scale = scale.to(self.weight.device, scale_dtype(self.group_size))
         self.offset = None if offset is None else offset.to(self.weight.device, scale_dtype(self.group_size))
 
     def codes(self) -> Tensor:
         """(rows, groups, group_size) int8, or uint8"""
-        return unpacked(self.weight.data, self.bits, self.symmetric)
+        return unpacked(self.stored, self.bits, self.symmetric)
 
     def dequantised(self) -> Tensor:
         """(rows, columns) float32"""
         return _worth(self.codes(), self.scale, self.offset).flatten(1)
 
     def damage(self) -> str | None:
-        if self.weight.dtype != self.stored_dtype:
-            return f"its codes are {self.weight.dtype}, not {self.stored_dtype}"
+        if self.stored.dtype != self.stored_dtype:
+            return f"its codes are {self.stored.dtype}, not {self.stored_dtype}"
         for name in ("scale", "offset"):
             tensor = getattr(self, name)
             if tensor is not None and not bool(tensor.isfinite().all()):
@@ -84,8 +93,16 @@ class Codes(nn.Module, Kind):
         return cls(**fields).requires_grad_(False)
 
     @classmethod
-    def mistake(cls, fields: dict[str, Any], limits: dict[str, int]) -> str | None:
-        return super().mistake(fields, limits) or mismatch(fields[cls.columns], fields["bits"], fields["group_size"])
+    def mistake(cls, fields: dict[str, Any], limits: dict[str, Any]) -> str | None:
+        return super().mistake(fields, limits) or mismatch(cls.columns_of(fields), fields["bits"], fields["group_size"])
+
+    @classmethod
+    def columns_of(cls, fields: dict[str, Any]) -> int:
+        """How many weights a row has."""
+        return fields[cls.columns]  # type: ignore[no-any-return]
+
+    def code_bits(self) -> int:
+        return self.bits
 
     def _told(self) -> dict[str, Any]:
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
@@ -146,7 +163,7 @@ class QuantLinear(Codes, nn.Linear):
         return new.requires_grad_(False)
 
     @classmethod
-    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+    def allows(cls, key: str, value: Any, limits: dict[str, Any]) -> bool:
         return type(value) is bool if key == "bias" else cls._allows(key, value, limits["in_features"])
 
     def fields(self) -> dict[str, Any]:
@@ -268,7 +285,7 @@ class QuantEmbedding(Codes, nn.Embedding):
         return new.requires_grad_(False)
 
     @classmethod
-    def allows(cls, key: str, value: Any, limits: dict[str, int]) -> bool:
+    def allows(cls, key: str, value: Any, limits: dict[str, Any]) -> bool:
         dense = key == "padding_idx"
         return DenseEmbedding.allows(key, value, limits) if dense else cls._allows(key, value, limits["embedding_dim"])
 

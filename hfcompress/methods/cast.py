@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from hfcompress.checkpoint.structure import kept_in_float32
-from hfcompress.layers import DTYPES
+from hfcompress.layers import DTYPES, holds_codes
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery.modules import check_here
 
@@ -47,7 +47,8 @@ class Cast(Method):
                     new = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
                     setattr(module, name, cast.setdefault(id(parameter), new))  # one for all that are tied
             for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                # Of a layer of codes, what is saved are scales, which a cast would round; what is not, the dtype it answers in.
+                if buffer.is_floating_point() and (name in module._non_persistent_buffers_set) == holds_codes(module):
                     setattr(module, name, buffer.to(self._dtype_of(body, f"{prefix}.{name}")))
         if getattr(body, "config", None) is not None:
             body.config.dtype = DTYPES[self.dtype]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
@@ -16,18 +16,22 @@ from hfcompress.calibration.codes import Stage
 from hfcompress.calibration.formats import BitsAndBytes4, BitsAndBytes8, Format, Ours
 from hfcompress.calibration.grid import Codes, Grid
 from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes
+from hfcompress.calibration.other_layers import coded_convolutions, coded_tables
 from hfcompress.calibration.second_moments import DAMPING
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.layers.quantized import QuantEmbedding, QuantLinear, mismatch
+from hfcompress.layers import KINDS, dense_form, holds_codes, kind_of, prepare
+from hfcompress.layers.bitsandbytes import is_repacked
 from hfcompress.methods.base import Method, Tick
-from hfcompress.surgery.modules import check_editable, swap
-from hfcompress.surgery.targets import codable, codable_tables, matching
+from hfcompress.surgery.modules import check_editable, forget_codes, swap
+from hfcompress.surgery.targets import codable, codable_convolutions, coded_linears, matching
 
 log = logging.getLogger("hfcompress")
+QUANTISED = "quantize: no dense linear layer is left in the model; it is quantised already."
+NO_LINEAR = "quantize: no linear layer of the model can become codes; set convolutions or embeddings, if it has these."
 
 
 class Quantize(Method):
-    """Store linear layers, and embeddings if asked for, as 8- or 4-bit codes.
+    """Store linear layers, and embeddings and convolutions if asked for, as 8- or 4-bit codes; codes again in fewer bits.
 
     Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters and what heal names may train;
         calibration data, if calibrate is more than scales, or if a target decides the bits.
@@ -89,6 +93,9 @@ class Quantize(Method):
     )
     embeddings: Literal[8, 4] | None = Field(
         None, description="Bits of input and output embeddings, tied or not, in hfcompress' layers; dense if absent."
+    )
+    convolutions: Literal[8, 4] | None = Field(
+        None, description="Bits of convolutions, in hfcompress' layers, depthwise ones excepted; dense if absent."
     )
     calibrate: Literal["scales", "diagonal", "feedback", "rounding", True, False] = Field(
         False,
@@ -158,14 +165,15 @@ class Quantize(Method):
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
         check_editable(model, "quantize")
-        names, tables = self._targets(model), self._tables(model)
+        others = self._others(model)
+        names = self._targets(model, alone=not others)
         batches = self._batches(model, task)
         if self._has_target:
-            formats = self._within_target(model, names, tables, batches)
+            formats = self._within_target(model, names, others, batches)
         else:
-            formats = self._fitting(model, self._bits_of(names))
-        for group in tables:
-            self._code_tables(model, group)
+            formats = self._fitting(model, self._due(model, names, alone=not others))
+        for name, new in others.items():
+            swap(model, name, new)
         self._code_linears(model, formats, batches)
 
     def _batches(self, model: nn.Module, task: Any) -> MakeBatches | None:
@@ -183,21 +191,48 @@ class Quantize(Method):
             )
         return None
 
-    def _targets(self, model: Any) -> list[str]:
-        possible = codable(model)
-        if not possible:
-            raise CompressionError("quantize: no dense linear layer is left in the model; it is quantised already.")
+    def _targets(self, model: Any, alone: bool) -> list[str]:
+        """Layers to code, or to code again; `alone`: nothing else is coded."""
+        dense, coded = codable(model), [] if self._has_target else coded_linears(model)
+        possible = [name for name, _ in model.named_modules() if name in {*dense, *coded}]
+        if not possible and alone:
+            raise CompressionError(QUANTISED if any(map(holds_codes, model.modules())) else NO_LINEAR)
         chosen = possible if self.target_modules is None else matching(model, self.target_modules, possible, "quantize")
-        skipped = set(matching(model, self.skip_modules, possible, "quantize")) if self.skip_modules else set()
+        skipped = self._skipped(model, possible)
         if chosen and skipped.issuperset(chosen):
             raise CompressionError("quantize: skip_modules leaves no layer to quantise; take some out of it.")
         return [name for name in chosen if name not in skipped]
+
+    def _skipped(self, model: Any, possible: list[str]) -> set[str]:
+        also = [] if self.convolutions is None else codable_convolutions(model)[0]
+        return set(matching(model, self.skip_modules, [*possible, *also], "quantize")) if self.skip_modules else set()
 
     def _bits_of(self, names: list[str]) -> dict[str, int]:
         bits: dict[str, int] = dict.fromkeys(names, self.bits)
         for pattern, own in self.bits_pattern.items():
             bits |= dict.fromkeys(self._named_by(pattern, names), own)
         return {name: own for name, own in bits.items() if own != 16}
+
+    def _due(self, model: nn.Module, names: list[str], alone: bool) -> dict[str, Format]:
+        """How these layers are asked to be stored, without codes that would gain nothing: those of as few bits already, unless
+        data choose them anew in another format."""
+        asked = {name: self._format(bits) for name, bits in self._bits_of(names).items()}
+        found = {name: storing for name, storing in asked.items() if self._gains(model.get_submodule(name), storing)}
+        if asked and not found and alone:
+            raise CompressionError(
+                QUANTISED
+                if not codable(model)
+                else "quantize: the chosen layers are codes of as few bits already; ask for fewer, calibrate them on data in "
+                "another format, or choose other target_modules."
+            )
+        return found
+
+    def _gains(self, layer: nn.Module, storing: Format) -> bool:
+        if not holds_codes(layer):
+            return True
+        if storing.bits < KINDS[kind_of(layer) or ""].code_bits(layer):
+            return True
+        return self._stage not in NEED_NO_DATA and storing.grid(layer) is not None and not storing.holds(layer)
 
     def _named_by(self, pattern: str, names: list[str]) -> list[str]:
         """As PEFT reads the keys of its `rank_pattern`: suffixes of names, or regular expressions for them."""
@@ -223,11 +258,10 @@ class Quantize(Method):
     def _group(self, bits: int) -> int | None:
         return self.group_size or (32 if bits == 4 else None)
 
-    def _fitting(self, model: nn.Module, bits: dict[str, int]) -> dict[str, Format]:
-        """How each layer is stored; what bitsandbytes' kernels can't read is left dense, and a line says so."""
+    def _fitting(self, model: nn.Module, asked: dict[str, Format]) -> dict[str, Format]:
+        """How each layer is stored; what bitsandbytes' kernels can't read is left alone, and a line says so."""
         found: dict[str, Format] = {}
-        for name, own in bits.items():
-            storing = self._format(own)
+        for name, storing in asked.items():
             wrong = storing.misfit(model.get_submodule(name))
             if wrong and self.engine == "hfcompress":
                 raise CompressionError(f"quantize: {name}: {wrong}; choose that, or leave the layer out by skip_modules.")
@@ -235,7 +269,7 @@ class Quantize(Method):
                 log.info("quantize: %s left alone: %s", name, wrong)
             else:
                 found[name] = storing
-        if bits and not found:
+        if asked and not found:
             raise CompressionError(
                 f"quantize: 4 bits need in_features in multiples of {max(64, self.blocksize)} and out_features of 32, and no "
                 f"chosen layer has them; prune with a round_to that keeps them, or choose bits: 8."
@@ -243,9 +277,10 @@ class Quantize(Method):
         return found
 
     def _within_target(
-        self, model: nn.Module, names: list[str], tables: list[list[str]], batches: MakeBatches | None
+        self, model: nn.Module, names: list[str], coded: dict[str, nn.Module], batches: MakeBatches | None
     ) -> dict[str, Format]:
-        coded = {name: layer for group in tables for name, layer in self._coded_tables(model, group).items()}
+        if not names:
+            raise CompressionError(QUANTISED if any(map(holds_codes, model.modules())) else NO_LINEAR)
         return least_harm(
             model,
             names,
@@ -256,23 +291,24 @@ class Quantize(Method):
             swaps=self.swaps,
         )
 
-    def _code_linears(self, model: nn.Module, formats: dict[str, Format], batches: MakeBatches | None) -> None:
+    def _code_linears(self, model: Any, formats: dict[str, Format], batches: MakeBatches | None) -> None:
         grids = {name: storing.grid(model.get_submodule(name)) for name, storing in formats.items()}
         chosen = [name for name in formats if self.calibrate and grids[name] is not None]
         biases: dict[str, Any] = {}
+        again, dtype = _readable(model, formats), model.dtype
 
         def grid_of(layer: nn.Module) -> Grid:
             return by_layer[id(layer)]
 
         def put(name: str, found: Codes) -> None:
-            new: Any = formats[name].of_codes(model.get_submodule(name), found)
+            new: Any = formats[name].of_codes(dense_form(model.get_submodule(name), dtype), found)
             biases[name] = new.bias
             new.bias = deepcopy(new.bias)  # which bitsandbytes casts to compute_dtype, in place, whenever the layer runs
             swap(model, name, new)
 
         for name in formats:
             if name not in chosen:
-                swap(model, name, formats[name].rounded(model.get_submodule(name)))
+                swap(model, name, formats[name].rounded(dense_form(model.get_submodule(name), dtype)))
         by_layer: dict[int, Any] = {id(model.get_submodule(name)): grids[name] for name in chosen}
         if chosen:
             asked = f"quantize: calibrate: {self._stage}"
@@ -280,35 +316,33 @@ class Quantize(Method):
         for name, bias in biases.items():
             layer: Any = model.get_submodule(name)
             layer.bias = bias
+        if again:
+            forget_codes(model)
 
-    def _tables(self, model: Any) -> list[list[str]]:
-        """Embeddings to code, those that share a weight together."""
-        if self.embeddings is None:
-            return []
-        found = codable_tables(model)
-        if not found:
-            raise CompressionError(
-                "quantize: embeddings: the model has no dense table that can become codes; leave embeddings out."
-            )
-        return found
-
-    def _code_tables(self, model: nn.Module, names: list[str]) -> None:
-        for name, new in self._coded_tables(model, names).items():
-            swap(model, name, new)
-
-    def _coded_tables(self, model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-        """What takes the place of a table, or of several layers, which go on sharing their codes: one tensor in memory and on
-        disk, which is tied again when it is loaded."""
-        bits, found = self.embeddings or 8, dict[str, Any]()
-        for name in names:
-            old: Any = model.get_submodule(name)
-            group = self._group(bits)
-            group = None if mismatch(old.weight.shape[1], bits, group) else group
-            of_dense = QuantEmbedding.from_dense if isinstance(old, nn.Embedding) else QuantLinear.from_linear
-            found[name] = of_dense(old, bits, group, self.symmetric)
-            found[name].weight = found[names[0]].weight
+    def _others(self, model: nn.Module) -> dict[str, nn.Module]:
+        """What takes the places of embeddings and convolutions."""
+        found: dict[str, nn.Module] = {}
+        if (bits := self.embeddings) is not None:
+            found |= coded_tables(model, bits, self._group(bits), self.symmetric)
+        if (bits := self.convolutions) is not None:
+            skipped = self._skipped(model, [*codable(model), *coded_linears(model)])
+            found |= coded_convolutions(model, skipped, bits, self._group(bits), self.symmetric)
         return found
 
     def quantized(self, layer: nn.Module) -> nn.Module:
         """The low-bit twin of a Linear or Conv1D, on the same device, in `bits`."""
         return self._format(self.bits).rounded(layer)
+
+
+def _readable(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of these layers that are codes, made ready to be read: bitsandbytes would repack them at the next forward."""
+    again = [name for name in names if holds_codes(model.get_submodule(name))]
+    for name in again:
+        layer = model.get_submodule(name)
+        if is_repacked(layer):
+            raise CompressionError(
+                f"quantize: bitsandbytes repacked the codes of {name} for inference at the model's first forward, and nothing "
+                f"else can read them; load the model again, and quantize before anything else runs it."
+            )
+        prepare(layer)
+    return again

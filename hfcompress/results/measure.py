@@ -132,7 +132,8 @@ def weigh(model: nn.Module) -> dict[str, int]:
     parameters = nonzero = 0
     for module in model.modules():
         codes = _codes(module)
-        for tensor in ([] if codes is None else [codes]) + list(module.parameters(recurse=False)):
+        others = [tensor for name, tensor in module.named_parameters(recurse=False) if codes is None or name != "weight"]
+        for tensor in others if codes is None else [codes, *others]:
             if (key := _identity(tensor)) in seen:
                 continue
             seen.add(key)
@@ -161,6 +162,8 @@ def _identity(tensor: torch.Tensor) -> Any:
 def _codes(module: nn.Module) -> torch.Tensor | None:
     """The low-bit weight a module holds itself, told without importing bitsandbytes; None for any other module."""
     weight = module._parameters.get("weight", module._buffers.get("weight"))
+    if hasattr(module, "in_channels") and "packed" in module._buffers:
+        return module._buffers["packed"]
     if weight is None or not weight.numel():
         return None
     named = any(base.__name__ in LOW_BIT for base in type(module).__mro__)
@@ -175,7 +178,9 @@ def has_codes(model: nn.Module) -> bool:
 
 def _dense_size(module: Any) -> int:
     if hasattr(module, "in_features"):
-        return module.in_features * module.out_features
+        return module.in_features * module.out_features  # type: ignore[no-any-return]
+    if hasattr(module, "in_channels"):
+        return math.prod((module.out_channels, module.in_channels // module.groups, *module.kernel_size))
     return module.num_embeddings * module.embedding_dim
 
 

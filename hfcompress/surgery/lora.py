@@ -17,7 +17,7 @@ from hfcompress.checkpoint.structure import twin
 from hfcompress.layers import KINDS, features, holds_codes, kind_of
 from hfcompress.layers.bnb_library import import_first
 from hfcompress.layers.quantized import QuantLinear
-from hfcompress.surgery.modules import swap
+from hfcompress.surgery.modules import forget_codes, swap
 
 DEFAULT = "default"
 """The name that peft gives an adapter."""
@@ -229,7 +229,7 @@ def merge(model: Any, dense: bool = False) -> None:
     model._hf_peft_config_loaded = False
     del model.peft_config
     if coded and not any(holds_codes(module) for module in model.modules()):
-        _forget_codes(model)
+        forget_codes(model)
 
 
 @torch.no_grad()
@@ -259,9 +259,3 @@ def _merged_dense(model: nn.Module, name: str, layer: Any) -> nn.Module:
     if base.bias is not None:
         new.bias = nn.Parameter(base.bias.detach().to(dtype))
     return new  # type: ignore[no-any-return]
-
-
-def _forget_codes(model: Any) -> None:
-    """transformers takes a model that was loaded in low bits for one until these are gone, and refuses to train or cast it."""
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(name, None)

@@ -38,6 +38,12 @@ def copied(model: nn.Module) -> Any:
     return twin.eval().requires_grad_(False)
 
 
+def forget_codes(model: Any) -> None:
+    """transformers takes a model that was loaded in low bits for one until these are gone, and refuses to train or cast it."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(name, None)
+
+
 def is_gated(module: nn.Module) -> bool:
     """Whether units that this module reads are fading."""
     return any(getattr(hook, "is_gate", False) for hook in module._forward_pre_hooks.values())

@@ -12,28 +12,77 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.layers import kind_of
+from hfcompress.layers import KINDS, kind_of
 from hfcompress.layers.bitsandbytes import codes_fit
+from hfcompress.layers.quantized_conv import DENSE
 
-_STORED = ("weight", "SCB", "scale", "offset")
+_STORED = ("weight", "SCB", "scale", "offset", "packed")
 
 
 def codable(model: Any, bits: int = 8) -> list[str]:
     """Names of the body's dense layers that may become codes of so many bits."""
+    return [
+        name
+        for name in _loaded_as_named(model, body_linears(model))
+        if codes_fit(model.get_submodule(name), bits)
+        and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
+    ]
+
+
+def _loaded_as_named(model: Any, names: list[str]) -> list[str]:
+    """Those that a load would leave as codes, under their own name."""
     # What transformers keeps in float32, or casts an input to the dtype of, must not become codes: T5 does both with `wo`.
     kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     dense = [part for attribute in kept for part in getattr(model, attribute, None) or ()]
     renames = get_model_conversion_mapping(model, add_legacy=False)
     return [
         name
-        for name in body_linears(model)
-        if codes_fit(model.get_submodule(name), bits)
-        and not any(f".{part}." in f".{name}." for part in dense)
-        and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
+        for name in names
+        if not any(f".{part}." in f".{name}." for part in dense)
         # The scales of codes are found by the name of their weight, which a load must leave as it is and not find twice.
         and not any(part.endswith("weight") for part in name.split("."))
         and all(one.rename_source_key(f"{name}.{leaf}")[0] == f"{name}.{leaf}" for leaf in _STORED for one in renames)
     ]
+
+
+def coded_linears(model: Any) -> list[str]:
+    """Names of the linear layers, heads too, that are codes already; those that share them, as tied embeddings do, are not
+    among them, nor is the output embedding."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    shared = sharing(model)
+    kinds = [name for name, kind in KINDS.items() if kind.holds_codes and "linear" in kind.replaces]
+    return [
+        name
+        for name, module in model.named_modules()
+        if kind_of(module) in kinds and module is not output and name not in shared
+    ]
+
+
+def codable_convolutions(model: Any) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the body's convolutions that may become codes, and of the others by why they may not.
+
+    A row of a depthwise one is a few weights, of which the scale would be a large part.
+    """
+    prefix, base = base_of(model)
+    found: list[str] = []
+    others: dict[str, list[str]] = {}
+    shared = sharing(model)
+    every = {f"{prefix}{name}": one for name, one in base.named_modules() if isinstance(one, DENSE)}
+    named = _loaded_as_named(model, list(every))
+    for name, layer in every.items():
+        if type(layer) not in DENSE or "weight" not in layer._parameters:
+            why = "of a weight that is computed"
+        elif 1 < layer.groups == layer.in_channels:
+            why = "depthwise"
+        elif name in shared or any(reads_weight(*one) for one in _owners(model, name)):
+            why = "of a weight that others read"
+        elif name not in named:
+            why = "kept in float32, or renamed by a load"
+        else:
+            found.append(name)
+            continue
+        others.setdefault(why, []).append(name)
+    return found, others
 
 
 def codable_tables(model: Any) -> list[list[str]]:

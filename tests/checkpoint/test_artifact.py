@@ -129,6 +129,8 @@ def test_uneven_sizes_are_described_without_a_trial_for_each(monkeypatch: pytest
         [LowRank(rank=4)],
         [LowRank(rank=4, target_modules=["query"]), Quantize(4)],
         [LowRank(rank=4, target_modules=["query"]), Quantize(8)],
+        [Quantize(8, engine="hfcompress", embeddings=8)],
+        [Quantize(4, engine="hfcompress", embeddings=4, symmetric=False)],
     ],
     ids=str,
 )

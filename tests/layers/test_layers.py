@@ -17,6 +17,7 @@ from hfcompress.layers.base import PlainLinear
 from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
+from hfcompress.layers.quantized_conv import QuantConv
 
 INTO, OUT, ROWS = 64, 96, 50
 
@@ -72,6 +73,10 @@ LAYERS: dict[str, list[Callable[[], Any]]] = {
         lambda: QuantEmbedding.from_dense(nn.Embedding(ROWS, OUT, padding_idx=0)),
         lambda: QuantEmbedding.from_dense(nn.Embedding(ROWS, OUT), bits=4, group_size=32, symmetric=False),
     ],
+    "quant_conv": [
+        lambda: QuantConv.from_dense(nn.Conv1d(INTO, OUT, 3, padding="same", bias=False)),
+        lambda: QuantConv.from_dense(nn.Conv1d(INTO, OUT, 2, stride=2, groups=2), bits=4, group_size=32, symmetric=False),
+    ],
 }
 ROWS_OF_LAYERS = [(kind, make) for kind, makes in LAYERS.items() for make in makes]
 # In which dtype, and how far off as a share: 8-bit layers round their input to 8 bits, half precision its own way.
@@ -81,6 +86,8 @@ ROUNDS = ("linear_8bit", "quant_linear")
 
 def given(kind: str, dtype: torch.dtype) -> torch.Tensor:
     torch.manual_seed(1)
+    if kind == "quant_conv":
+        return torch.randn(3, INTO, 5).to(dtype)
     return torch.randint(0, ROWS, (3, 5)) if "embedding" in kind else torch.randn(3, 5, INTO).to(dtype)
 
 
@@ -100,7 +107,10 @@ def test_dequantised_is_the_weight_that_it_computes_with(kind: str, make: Any) -
     expected = layer(x)
     weight = KINDS[kind].dequantised(layer).float()
     bias = None if getattr(layer, "bias", None) is None else layer.bias.float()  # bitsandbytes casts it to compute_dtype
-    found = functional.embedding(x, weight) if "embedding" in kind else functional.linear(x, weight, bias)
+    if kind == "quant_conv":
+        found = functional.conv1d(x, weight, bias, layer.stride, layer.padding, groups=layer.groups)
+    else:
+        found = functional.embedding(x, weight) if "embedding" in kind else functional.linear(x, weight, bias)
     computes = getattr(layer, "compute_dtype", None)
     assert off(found, expected) < (HALF if kind in ROUNDS or computes == torch.bfloat16 else EXACT)
     assert torch.equal(KINDS[kind].dequantised(layer).float(), weight), "a forward changes nothing"
@@ -117,7 +127,14 @@ def test_the_export_form_computes_the_same_with_plain_operators(kind: str, make:
         layer.to(dtype)
     expected = layer(x)
     plain = KINDS[kind].export_form(layer)
-    assert {type(module) for module in plain.modules()} <= {nn.Linear, PlainLinear, nn.Embedding, nn.Sequential, Conv1D}
+    assert {type(module) for module in plain.modules()} <= {
+        nn.Linear,
+        PlainLinear,
+        nn.Embedding,
+        nn.Sequential,
+        Conv1D,
+        nn.Conv1d,
+    }
     assert plain(x).dtype == expected.dtype == dtype
     computes = getattr(layer, "compute_dtype", None)
     assert off(plain(x), expected) < (HALF if kind in ROUNDS or torch.bfloat16 in (dtype, computes) else EXACT)

@@ -274,21 +274,24 @@ LOUD = {
     "quant_linear": [Quantize(8, engine="hfcompress")],
     "quant_linear_of_4_bits": [Quantize(4, engine="hfcompress")],
     "quant_embedding": [Quantize(8, engine="hfcompress", embeddings=8, skip_modules=["dense", "query", "key"])],
+    "quant_conv": [Quantize(8, convolutions=8, bits_pattern={".*": 16})],
 }
 
 
 def test_without_the_import_every_layer_kind_raises(tmp_path: Any) -> None:
     for name, methods in LOUD.items():
-        model = tiny_model("bert")
+        model = tiny_model("vit" if name == "quant_conv" else "bert")
         for method in methods:
             method.run(model, FewBatches("bert"))
         save(model, None, tmp_path / name)
     program = (
         "import sys, transformers\n"
         "for folder in sys.argv[1:]:\n"
+        "    auto = 'AutoModelForImageClassification' if 'conv' in folder else 'AutoModelForSequenceClassification'\n"
         "    try:\n"
-        "        transformers.AutoModelForSequenceClassification.from_pretrained(folder)\n"
-        "    except (RuntimeError, ValueError):\n"
+        "        getattr(transformers, auto).from_pretrained(folder)\n"
+        "    except (RuntimeError, ValueError) as error:\n"
+        "        assert 'mismatch' in str(error), error\n"
         "        print('raised', folder)\n"
     )
     folders = [str(tmp_path / name) for name in LOUD]

@@ -239,6 +239,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": ("bert", {"steps.4.train.epochs": 1, "steps.3.low_rank.rank": 8}),
     "bert-cpu": ("distilbert", {"steps.2.train.epochs": 1}),
     "encoder-int8": ("distilbert", {}),
+    "vit-int8": ("vit", {}),
     "llm-4bit": (
         "llama",
         {"task.block_size": 32, "task.mixture": "[data, own]", "task.max_train_samples": 16, "steps.0.quantize.samples": 8},
