@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
@@ -15,11 +15,11 @@ from hfcompress.calibration.batches import MakeBatches
 from hfcompress.calibration.codes import Stage
 from hfcompress.calibration.formats import BitsAndBytes4, BitsAndBytes8, Format, Ours
 from hfcompress.calibration.grid import Codes, Grid
-from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes
+from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes, codes_without_data
 from hfcompress.calibration.second_moments import DAMPING
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear, mismatch
-from hfcompress.methods.base import Method, Tick
+from hfcompress.methods.base import LayerEdits, Method, Tick
 from hfcompress.surgery.modules import check_editable, swap
 from hfcompress.surgery.targets import codable, codable_tables, matching
 
@@ -142,6 +142,32 @@ class Quantize(Method):
     @property
     def wants_labels(self) -> bool:
         return self._has_target
+
+    @property
+    def by_layer(self) -> bool:
+        return not self._has_target and self._stage in NEED_NO_DATA
+
+    def layer_edits(self, model: nn.Module) -> LayerEdits:
+        formats = self._fitting(model, self._bits_of(self._targets(model)))
+        waiting = [name for group in self._tables(model) for name in group]
+
+        def edit(name: str) -> None:
+            if name in formats:
+                swap(model, name, self._without_data(name, model.get_submodule(name), formats[name]))
+
+        def rest(_: Collection[str]) -> None:
+            for group in self._tables(model):  # read whole, as a checkpoint may part what a config ties
+                self._code_tables(model, group)
+
+        return LayerEdits(formats, edit, waiting, rest)
+
+    def _without_data(self, name: str, layer: nn.Module, storing: Format) -> nn.Module:
+        grid = storing.grid(layer) if self.calibrate else None
+        if grid is None:
+            return storing.rounded(layer)
+        return storing.of_codes(
+            layer, codes_without_data(name, layer, grid, self._stage, f"quantize: calibrate: {self._stage}")
+        )
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
