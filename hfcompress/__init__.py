@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from hfcompress.run.callback import CompressionCallback as CompressionCallback
     from hfcompress.run.callback import attach as attach
     from hfcompress.run.loop import compress as compress
+    from hfcompress.run.low_memory import compress_while_loading as compress_while_loading
     from hfcompress.run.recipe import Recipe as Recipe
     from hfcompress.run.train import Train as Train
 
 _HOMES = {
     "compress": "run.loop",
+    "compress_while_loading": "run.low_memory",
     "CompressionError": "checkpoint.errors",
     "Recipe": "run.recipe",
     "CompressionCallback": "run.callback",
@@ -46,6 +48,7 @@ _HOMES = {
 }
 __all__ = [  # noqa: RUF022  in the order people meet them
     "compress",
+    "compress_while_loading",
     "Recipe",
     "CompressionCallback",
     "attach",

@@ -33,7 +33,12 @@ BELOW = {
 }
 ONLY_IN = {
     "huggingface_hub": {"results.hub", "results.card", "tasks.pretrained", "run.doctor"},
-    "transformers.quantizers": {"checkpoint.quantizer", "checkpoint.from_codes", "checkpoint.bnb_config"},
+    "transformers.quantizers": {
+        "checkpoint.quantizer",
+        "checkpoint.from_codes",
+        "checkpoint.bnb_config",
+        "checkpoint.streaming",
+    },
     "typer": {"run.cli"},
     "datasets": {
         "tasks.data",

@@ -63,11 +63,7 @@ def calibrated_codes(
         module = model.get_submodule(name)
         weight = _matrix(module, model.dtype)
         square = None if moments is None else moments.square(about_mean=False)
-        if not bool(weight.isfinite().all()):
-            raise CompressionError(
-                f"{asked}: the weight of {name} holds infinite values, or values that are no numbers; load the model again, or "
-                f"name {name} in skip_modules."
-            )
+        _check_finite(name, weight, asked)
         if square is not None and not bool(square.isfinite().all()):
             raise CompressionError(
                 f"{asked}: what {name} reads on the calibration data is infinite or no number; load the model in float32 or "
@@ -106,6 +102,21 @@ def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """(out, in): the weight of a dense layer, or what its codes stand for, in this dtype."""
     dense: Any = dense_form(layer, dtype)
     return dense.weight.detach().T if is_conv1d(dense) else dense.weight.detach()  # type: ignore[no-any-return]
+
+
+def codes_without_data(name: str, layer: Any, grid: Grid, stage: Stage, asked: str) -> Codes:
+    """The codes that `calibrated_codes` finds for one layer at a stage that needs no data."""
+    weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
+    _check_finite(name, weight, asked)
+    return _same_everywhere(choose_codes(weight, grid, stage, name=name), grid)
+
+
+def _check_finite(name: str, weight: Tensor, asked: str) -> None:
+    if not bool(weight.isfinite().all()):
+        raise CompressionError(
+            f"{asked}: the weight of {name} holds infinite values, or values that are no numbers; load the model again, or "
+            f"name {name} in skip_modules."
+        )
 
 
 def _without_data(stage: Stage) -> Stage:

@@ -45,7 +45,8 @@ def complete(model: Any, folder: str | Path, dtype: torch.dtype | None = None) -
 
     Of a plain bitsandbytes checkpoint, transformers 5.23 casts biases and leaves weights as they are stored: no forward runs.
     """
-    stored, coded = model.dtype, [(name, module) for name, module in model.named_modules() if holds_codes(module)]
+    stored, tells = model.dtype, getattr(model.config, "quantization_config", None) is not None
+    coded = [(name, module) for name, module in model.named_modules() if tells and holds_codes(module)]
     for name, module in coded:
         check_layer(name, module)
         forget_compute_dtype(module, stored)

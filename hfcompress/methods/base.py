@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,6 +18,20 @@ from hfcompress.surgery.modules import restored_on_error
 
 Tick = Callable[[float], Mapping[str, Tensor] | None]
 """Called after every optimizer step with the progress of training, 0..1. Returns what is worth logging, a name to a scalar."""
+
+
+@dataclass(frozen=True)
+class LayerEdits:
+    """What a method makes of one model, where it edits each layer by what that layer alone holds."""
+
+    names: Collection[str]
+    """The layers that it edits by their own weight."""
+    edit: Callable[[str], None]
+    """Edit the layer of this name, whose tensors are there; one that the method leaves alone stays."""
+    waiting: Collection[str]
+    """The layers that it edits only when the whole model is there: those that share a weight."""
+    rest: Callable[[Collection[str]], None]
+    """Edit what is left, when the layers of these names are done and the whole model is there."""
 
 
 class Step(Fields):
@@ -115,6 +130,15 @@ class Method(Step):
     def wants_attentions(self) -> bool:
         """Whether the model must return its attention maps, which only the eager implementation does."""
         return False
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether it edits each layer by what that layer alone holds, so that a model can be edited while it is read."""
+        return False
+
+    def layer_edits(self, model: nn.Module) -> LayerEdits:
+        """What it will do to this model, which may be on the meta device yet, where it is `by_layer`."""
+        raise NotImplementedError
 
     def applied(self, model: nn.Module, task: Any) -> AbstractContextManager[Tick | None]:
         """Before the yield: choose, insert, freeze. The pause: training, calling the yielded tick. After: cut, merge, pack.

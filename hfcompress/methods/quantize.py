@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
@@ -15,15 +14,14 @@ from hfcompress.calibration.batches import MakeBatches
 from hfcompress.calibration.codes import Stage
 from hfcompress.calibration.formats import BitsAndBytes4, BitsAndBytes8, Format, Ours
 from hfcompress.calibration.grid import Codes, Grid
-from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes
+from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes, codes_without_data
 from hfcompress.calibration.other_layers import coded_convolutions, coded_tables
 from hfcompress.calibration.second_moments import DAMPING
-from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.layers import KINDS, dense_form, holds_codes, kind_of, prepare
-from hfcompress.layers.bitsandbytes import is_repacked
-from hfcompress.methods.base import Method, Tick
+from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers import KINDS, dense_form, holds_codes, kind_of
+from hfcompress.methods.base import LayerEdits, Method, Tick
 from hfcompress.surgery.modules import check_editable, forget_codes, swap
-from hfcompress.surgery.targets import codable, codable_convolutions, coded_linears, matching
+from hfcompress.surgery.targets import by_pattern, codable, codable_convolutions, coded_linears, matching, readable
 
 log = logging.getLogger("hfcompress")
 QUANTISED = "quantize: no dense linear layer is left in the model; it is quantised already."
@@ -161,6 +159,32 @@ class Quantize(Method):
     def wants_labels(self) -> bool:
         return self._has_target
 
+    @property
+    def by_layer(self) -> bool:
+        return not self._has_target and self._stage in NEED_NO_DATA
+
+    def layer_edits(self, model: nn.Module) -> LayerEdits:
+        waiting = list(self._others(model))  # read whole, as a checkpoint may part what a config ties
+        formats = self._fitting(model, self._due(model, self._targets(model, alone=not waiting), alone=not waiting))
+
+        def edit(name: str) -> None:
+            if name in formats:
+                swap(model, name, self._without_data(name, model.get_submodule(name), formats[name]))
+
+        def rest(_: Collection[str]) -> None:
+            for name, new in self._others(model).items() if waiting else ():
+                swap(model, name, new)
+
+        return LayerEdits(formats, edit, waiting, rest)
+
+    def _without_data(self, name: str, layer: nn.Module, storing: Format) -> nn.Module:
+        grid = storing.grid(layer) if self.calibrate else None
+        if grid is None:
+            return storing.rounded(layer)
+        return storing.of_codes(
+            layer, codes_without_data(name, layer, grid, self._stage, f"quantize: calibrate: {self._stage}")
+        )
+
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
         yield None
@@ -210,7 +234,7 @@ class Quantize(Method):
     def _bits_of(self, names: list[str]) -> dict[str, int]:
         bits: dict[str, int] = dict.fromkeys(names, self.bits)
         for pattern, own in self.bits_pattern.items():
-            bits |= dict.fromkeys(self._named_by(pattern, names), own)
+            bits |= dict.fromkeys(by_pattern(pattern, names, "quantize: bits_pattern"), own)
         return {name: own for name, own in bits.items() if own != 16}
 
     def _due(self, model: nn.Module, names: list[str], alone: bool) -> dict[str, Format]:
@@ -233,20 +257,6 @@ class Quantize(Method):
         if storing.bits < KINDS[kind_of(layer) or ""].code_bits(layer):
             return True
         return self._stage not in NEED_NO_DATA and storing.grid(layer) is not None and not storing.holds(layer)
-
-    def _named_by(self, pattern: str, names: list[str]) -> list[str]:
-        """As PEFT reads the keys of its `rank_pattern`: suffixes of names, or regular expressions for them."""
-        try:
-            found = [name for name in names if re.match(rf"(.*\.)?(?:{pattern})$", name)]
-        except re.error as error:
-            raise CompressionError(f"quantize: bits_pattern: {pattern!r} is no regular expression ({error}).") from error
-        if not found:
-            leaves = {name.rpartition(".")[2] for name in names}
-            raise CompressionError(
-                f"quantize: bits_pattern: {pattern!r} matches no chosen layer."
-                + did_you_mean(pattern.rpartition(".")[2], leaves)
-            )
-        return found
 
     def _format(self, bits: int) -> Format:
         if self.engine == "hfcompress":
@@ -295,7 +305,7 @@ class Quantize(Method):
         grids = {name: storing.grid(model.get_submodule(name)) for name, storing in formats.items()}
         chosen = [name for name in formats if self.calibrate and grids[name] is not None]
         biases: dict[str, Any] = {}
-        again, dtype = _readable(model, formats), model.dtype
+        again, dtype = readable(model, formats, "quantize"), model.dtype
 
         def grid_of(layer: nn.Module) -> Grid:
             return by_layer[id(layer)]
@@ -332,17 +342,3 @@ class Quantize(Method):
     def quantized(self, layer: nn.Module) -> nn.Module:
         """The low-bit twin of a Linear or Conv1D, on the same device, in `bits`."""
         return self._format(self.bits).rounded(layer)
-
-
-def _readable(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of these layers that are codes, made ready to be read: bitsandbytes would repack them at the next forward."""
-    again = [name for name in names if holds_codes(model.get_submodule(name))]
-    for name in again:
-        layer = model.get_submodule(name)
-        if is_repacked(layer):
-            raise CompressionError(
-                f"quantize: bitsandbytes repacked the codes of {name} for inference at the model's first forward, and nothing "
-                f"else can read them; load the model again, and quantize before anything else runs it."
-            )
-        prepare(layer)
-    return again

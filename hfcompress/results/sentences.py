@@ -40,6 +40,8 @@ def _times(ratio: float) -> str:
 def _scores(row: Row, reference: Row, metric: str) -> str:
     then, now = (one.score.get(metric) for one in (reference, row))
     form = ".2f" if max(abs(then or 0), abs(now or 0)) >= 10 else ".3f"
+    if then is None:
+        return f"{called(metric)} {as_number(now, form)}"
     told = f"{called(metric)} {as_number(then, form)} to {as_number(now, form)}"
     if metric not in row.gains:
         return told

@@ -68,6 +68,10 @@ def run(
     ] = False,
     trust_metrics: TrustOption = False,
     push_anyway: Annotated[bool, typer.Option("--push-anyway", help="Push even if the goal was missed.")] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", help="Quantise a model that does not fit in memory: a layer at a time, while it is read."),
+    ] = False,
 ) -> None:
     """Run a recipe, and leave a proven artifact. Exit code 3: it is made, and missed its goal."""
     _quiet_transformers()
@@ -80,7 +84,8 @@ def run(
     _trusting(chosen.task, trust_metrics)
     out = output_folder(chosen.output_dir if chosen.output_dir is not None else Path("out") / find_recipe(recipe).stem)
     is_main = processes().is_main_process
-    report = compress(chosen, out, overwrite=overwrite, tell=_tell if is_main else lambda line: None, push_anyway=push_anyway)
+    tell = _tell if is_main else lambda line: None
+    report = compress(chosen, out, overwrite=overwrite, tell=tell, push_anyway=push_anyway, low_memory=low_memory)
     if is_main:
         console.print(report.table())
         _summary(out, report, chosen)

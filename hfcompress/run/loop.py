@@ -25,6 +25,7 @@ from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 from hfcompress.results.saved_files import missing_files
 from hfcompress.run.inputs import INPUTS, changed_inputs, check_no_adapter, fingerprints, local_inputs
+from hfcompress.run.low_memory import check_recipe, compressed
 from hfcompress.run.output_folder import (
     check_free,
     check_place,
@@ -50,20 +51,29 @@ from hfcompress.tasks import Task
 
 log = logging.getLogger("hfcompress")
 
+SAVING = "saving, and proving it by a load in a fresh process"
 AFTERWARDS = ("goal", "push_to", "private", "output_dir")
 """What a recipe asks of a result when it is there: it changes nothing that is computed."""
 
 
 def compress(
-    recipe: Recipe, output_dir: str | Path, overwrite: bool = False, tell: Tell = log.info, push_anyway: bool = False
+    recipe: Recipe,
+    output_dir: str | Path,
+    overwrite: bool = False,
+    tell: Tell = log.info,
+    push_anyway: bool = False,
+    low_memory: bool = False,
 ) -> Report:
     """Run a recipe, leave a proven artifact in `output_dir`, and push it where the recipe says so and its goal was met.
 
     A run that was killed goes on after its last finished step when it is started again; the artifact is that of a run that
     was not. An interrupted push is made up, and a finished one asked for again with another goal or another `push_to` is judged
     and pushed anew, and not computed. Under several processes all of them train, and the first one measures and writes.
-    `push_anyway`: also push what missed the goal.
+    `push_anyway`: also push what missed the goal. `low_memory`: compress the model while it is read, a layer at a time, which
+    steps that need no data can do; the artifact is the same, and the model as it came is not measured.
     """
+    if low_memory:
+        check_recipe(recipe)
     out, state = output_folder(output_dir), processes()
     check_place(out, local_inputs(recipe))
     with reserved(out, state.is_main_process), room_on_disk(out):
@@ -83,7 +93,7 @@ def compress(
         check_no_adapter(recipe)
         if recipe.push_to:
             hub.check_push(recipe.push_to)
-        report = _compress(recipe, out, overwrite, now, tell)
+        report = (_compress_while_loading if low_memory else _compress)(recipe, out, overwrite, now, tell)
         if state.is_main_process:
             _push(recipe, report, out, push_anyway, tell)
     return report
@@ -115,10 +125,27 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
             doing.run(model, task)
         model.eval()
         record(recipe, task, model, report, step.label, number, work, time.monotonic() - started, others)
-    tell("saving, and proving it by a load in a fresh process")
+    tell(SAVING)
     if state.is_main_process:
         _finish(recipe, task, model, report, out)
     state.wait_for_everyone()
+    return report
+
+
+def _compress_while_loading(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], tell: Tell) -> Report:
+    """The same with little memory: all steps in one, so that there is none to go on after."""
+    task, work = recipe.task, partial(out)
+    tell(f"reading {task.dataset}")
+    task.open(recipe.model)
+    if not overwrite:
+        _unfinished(recipe, work, now)
+    _clear(recipe, work, now)
+    tell(f"compressing {recipe.model} while it is read: {', '.join(map(str, recipe.steps))}")
+    transformers_set_seed(recipe.seed)
+    model, report = compressed(recipe, task)
+    report.goal = recipe.goal_parts
+    tell(SAVING)
+    _finish(recipe, task, model, report, out)
     return report
 
 
@@ -185,10 +212,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
             _restore_tokens(task, work / f"step-{done}")
         return model.to(state.device), report, done
     if state.is_main_process:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_text(work / INPUTS, json.dumps(now, indent=2) + "\n", "what the run reads")
-        write_text(work / "recipe.yaml", recipe.to_yaml(), "the recipe")
+        _clear(recipe, work, now)
     report = Report(reference=recipe.reference)
     state.wait_for_everyone()
     tell(f"loading {recipe.model}")
@@ -196,6 +220,14 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     check_no_adapter(recipe, model)
     record(recipe, task, model, report, "as it came", 0, work, 0.0)
     return model, report, 0
+
+
+def _clear(recipe: Recipe, work: Path, now: dict[str, str]) -> None:
+    """Begin anew."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_text(work / INPUTS, json.dumps(now, indent=2) + "\n", "what the run reads")
+    write_text(work / "recipe.yaml", recipe.to_yaml(), "the recipe")
 
 
 def _unfinished(recipe: Recipe, work: Path, now: dict[str, str]) -> Report:

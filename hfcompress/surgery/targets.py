@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, cast
 
@@ -12,8 +12,8 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
-from hfcompress.layers import KINDS, kind_of
-from hfcompress.layers.bitsandbytes import codes_fit
+from hfcompress.layers import KINDS, holds_codes, kind_of, prepare
+from hfcompress.layers.bitsandbytes import codes_fit, is_repacked
 from hfcompress.layers.quantized_conv import DENSE
 
 _STORED = ("weight", "SCB", "scale", "offset", "packed")
@@ -216,3 +216,31 @@ def _weights_read(owner: Any, even_dtype: bool) -> frozenset[str]:
         reads = [r"self\.(\w+)\.weight\b(?!\.device\b)", r"next\(self\.(\w+)\.parameters\(\)\)"]
     ours = [inspect.getsource(one) for one in owner.__mro__ if one.__module__.startswith("transformers.models.")]
     return frozenset(leaf for source in ours for read in reads for leaf in re.findall(read, source))
+
+
+def by_pattern(pattern: str, names: Iterable[str], where: str) -> list[str]:
+    """As PEFT reads the keys of its `rank_pattern`: suffixes of names, or regular expressions for them."""
+    try:
+        found = [name for name in names if re.match(rf"(.*\.)?(?:{pattern})$", name)]
+    except re.error as error:
+        raise CompressionError(f"{where}: {pattern!r} is no regular expression ({error}).") from error
+    if not found:
+        leaves = {name.rpartition(".")[2] for name in names}
+        raise CompressionError(
+            f"{where}: {pattern!r} matches no chosen layer." + did_you_mean(pattern.rpartition(".")[2], leaves)
+        )
+    return found
+
+
+def readable(model: nn.Module, names: Iterable[str], where: str) -> list[str]:
+    """Those of these layers that are codes, made ready to be read: bitsandbytes would repack them at the next forward."""
+    coded = [name for name in names if holds_codes(model.get_submodule(name))]
+    for name in coded:
+        layer = model.get_submodule(name)
+        if is_repacked(layer):
+            raise CompressionError(
+                f"{where}: bitsandbytes repacked the codes of {name} for inference at the model's first forward, and nothing "
+                f"else can read them; load the model again, and {where} before anything else runs it."
+            )
+        prepare(layer)
+    return coded

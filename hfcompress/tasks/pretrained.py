@@ -126,7 +126,7 @@ def open_model(
     asked: dict[str, Any] = {"dtype": dtype or (torch.float32 if gguf else "auto"), **gguf}
     if gguf:
         asked["quantization_config"] = GgufConfig(**gguf, dequantize=True)
-    place = torch.device(device) if device is not None else _default_device()
+    place = place_for(device)
     if getattr(config, "quantization_config", None) is not None:
         import_first()
         if torch.accelerator.is_available():
@@ -173,8 +173,11 @@ def _head_of(kind: Any) -> str:
     return kind.__name__.removeprefix("AutoModelFor")
 
 
-def _default_device() -> torch.device:
-    """The accelerator, of several processes each one's own, where `accelerate launch` was not told to stay on the CPU."""
+def place_for(device: str | torch.device | None = None) -> torch.device:
+    """The device that was asked for; else the accelerator, of several processes each one's own, where `accelerate launch` was
+    not told to stay on the CPU."""
+    if device is not None:
+        return torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or os.environ.get("ACCELERATE_USE_CPU"):
         return processes().device
     if not torch.accelerator.is_available():

@@ -340,3 +340,12 @@ def test_bits_differ_by_pattern_and_tied_tables_share_their_codes(tmp_path: Path
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.lm_head.weight is again.transformer.wte.weight
     torch.testing.assert_close(again.lm_head.dequantised(), again.transformer.wte.dequantised())
+
+
+def test_a_cast_leaves_scales_and_goes_with_tables_of_codes() -> None:
+    model: Any = tiny_model("bert")
+    Quantize(engine="hfcompress", embeddings=8).run(model, None)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("scale")}
+    Cast().run(model, None)
+    assert before and all(torch.equal(model.get_buffer(name), scale) for name, scale in before.items())
+    assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.dtype == torch.bfloat16
