@@ -39,7 +39,7 @@ ONLY_IN = {
         "checkpoint.bnb_config",
         "checkpoint.streaming",
     },
-    "typer": {"run.cli"},
+    "typer": {"run.cli", "run.arguments"},
     "datasets": {
         "tasks.data",
         "tasks.metrics",
@@ -53,7 +53,7 @@ ONLY_IN = {
     "peft": {"methods.adapters", "surgery.lora", "checkpoint.artifact"},
     "bitsandbytes": {"layers.bnb_library"},
 }
-LINES, FUNCTION_LINES = 365, 60
+LINES, FUNCTION_LINES = 350, 60
 
 
 def module(path: Path) -> str:

@@ -17,6 +17,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from hfcompress.checkpoint.errors import CompressionError, printable
+from hfcompress.run.arguments import (
+    FastOption,
+    Folder,
+    Overrides,
+    RecipeName,
+    TaskOption,
+    TrustOption,
+    model_folder,
+    task_of,
+    trusting,
+)
 
 app = typer.Typer(
     help="Make Hugging Face Transformers smaller and faster.",
@@ -26,23 +37,6 @@ app = typer.Typer(
 )
 console = Console(highlight=False)
 LOG_WIDTH = 1000  # columns of a log file or a pipe, where nothing needs to be folded
-
-RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (hfcompress list) or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value by path: model=me/my-bert steps.1.train.epochs=2", show_default=False)
-]
-Folder = Annotated[str, typer.Argument(help="A folder made by hfcompress, or any model folder or Hub id.")]
-TrustOption = Annotated[
-    bool,
-    typer.Option("--trust-metrics", help="Allow metrics that are not built in: their code comes from the Hub and runs here."),
-]
-TaskOption = Annotated[
-    str | None,
-    typer.Option("--task", help="The task as YAML: '{name: text-classification, dataset: glue/sst2}'; its recipe's if absent."),
-]
-FastOption = Annotated[
-    bool, typer.Option("--fast", help="Switch low-bit layers to what is fastest here, at the price of memory, once weighed.")
-]
 
 GOAL_MISSED = 3
 """The exit code of a run whose result is whole and missed its goal."""
@@ -81,7 +75,7 @@ def run(
     from hfcompress.run.recipe import Recipe, find_recipe
 
     chosen = Recipe.load(recipe, [*(overrides or []), *(["control=true"] if control else [])])
-    _trusting(chosen.task, trust_metrics)
+    trusting(chosen.task, trust_metrics)
     out = output_folder(chosen.output_dir if chosen.output_dir is not None else Path("out") / find_recipe(recipe).stem)
     is_main = processes().is_main_process
     tell = _tell if is_main else lambda line: None
@@ -155,7 +149,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, trust_metrics: Tru
     from hfcompress.run.recipe import Recipe
 
     chosen = Recipe.load(recipe, overrides or [])
-    _trusting(chosen.task, trust_metrics)
+    trusting(chosen.task, trust_metrics)
     chosen.check_here()
     console.print(f"valid: {len(chosen.steps)} steps: {', '.join(step.key() for step in chosen.steps)}", markup=False)
 
@@ -207,7 +201,7 @@ def show(folder: Folder) -> None:
     from hfcompress.checkpoint.show import described, harmless
     from hfcompress.results.report import Report
 
-    path = _folder(folder)
+    path = model_folder(folder)
     for line in described(path):
         console.print(line if isinstance(line, str) else _changes(line), markup=False)
     if (path / "adapter").is_dir():
@@ -235,7 +229,7 @@ def verify(folder: Folder) -> None:
     _quiet_transformers()
     from hfcompress.checkpoint.verify import verify as verified
 
-    values = verified(_folder(folder))
+    values = verified(model_folder(folder))
     without = "whole, but nothing tells whether its values were changed: it has no checksums.json"
     console.print(f"{folder}: {'whole, as it was saved' if values else without}", markup=False)
 
@@ -249,7 +243,7 @@ def evaluate_model(
     from hfcompress.results.report import Report, measure
     from hfcompress.tasks.pretrained import open_model
 
-    chosen = _trusting(_task_of(folder, task), trust_metrics)
+    chosen = trusting(task_of(folder, task), trust_metrics)
     chosen.open(folder)
     report = Report()
     report.add(measure(open_model(folder, chosen), chosen, folder, faster=fast))
@@ -265,7 +259,7 @@ def compare(
     from hfcompress.results.compare import compare as compare_models
     from hfcompress.tasks.pretrained import open_model
 
-    chosen = _trusting(_task_of(b, task, a), trust_metrics)
+    chosen = trusting(task_of(b, task, a), trust_metrics)
     other = chosen.open(a)
     if not chosen.reads_as(b):  # prune_vocab left tokens out
         if chosen.headline == "agreement":
@@ -273,7 +267,7 @@ def compare(
                 f"compare: {b} has another tokenizer than {a}, so answers can't be compared one by one; give --task metrics "
                 f"that need labels, or measure each with hfcompress eval."
             )
-        other = _trusting(_task_of(b, task, a), trust_metrics).open(b)
+        other = trusting(task_of(b, task, a), trust_metrics).open(b)
     # one door, so that both lie on the same device
     models = open_model(a, chosen), open_model(b, other)
     console.print(compare_models(*models, chosen, names=(a, b), task_b=other, faster=fast).table())
@@ -288,42 +282,7 @@ def push(
     """Push an artifact to the Hub."""
     from hfcompress.results.hub import push as push_folder
 
-    console.print(push_folder(_folder(str(folder)), repo_id, private=private), markup=False)
-
-
-def _trusting(task: Any, trusted: bool) -> Any:
-    """The task, and whether it may run metrics that are not built in: who types the command says so, no file."""
-    if trusted:
-        task.trust_metrics()
-    task.check_metrics()
-    return task
-
-
-def _folder(folder: str) -> Path:
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise CompressionError(
-            f"{folder!r}: no model lies there (no config.json); give a folder that hfcompress run has written."
-        )
-    return path
-
-
-def _task_of(*folders_and_task: str | None) -> Any:
-    """The task that was given, else the one in the recipe of the first folder that has one."""
-    from hfcompress.run.recipe import Recipe, task_from
-    from hfcompress.run.safe_yaml import read_yaml
-
-    first, given, *others = folders_and_task
-    if given is not None:
-        return task_from(read_yaml(given, "--task"))
-    for folder in (first, *others):
-        told = Path(str(folder)) / "recipe.yaml"
-        if told.is_file():
-            return Recipe.load(str(told)).task
-    raise CompressionError(
-        f"{first}: no recipe.yaml lies there to take the task from; "
-        f"say it: --task '{{name: text-classification, dataset: ...}}'."
-    )
+    console.print(push_folder(model_folder(str(folder)), repo_id, private=private), markup=False)
 
 
 @app.callback()

@@ -12,52 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from hfcompress.surgery.units.specimens import field_words as words
 from hfcompress.surgery.units.specimens.family_sizes import ODD, ODD_LAYERS
 from hfcompress.surgery.units.specimens.inputs import TOKEN, example
 
 __all__ = ["example", "miniature"]
 
 VOCABULARY, HEAD, OWN_HEAD, NEURONS, EXPERTS, POSITIONS = 97, 8, 16, 48, 4, 64
-
-# Words at the end of a field's name, tried in this order. `_` stands for the start of the name as well.
-_KEY_VALUE = re.compile(r"(key_value|_kv)(_n)?_heads$|^kv_n_heads$|multi_query_group_num$")
-_QUERY = re.compile(r"(^|_)(attention_|n_|num_|query_|cross_|self_)*(heads|head|query_groups)(_per_layer)?$")
-_NO_HEADS = re.compile(
-    r"per_head|lm_head|ngram|separate_head|use_|_loss_|no_head|hidden|ratio|skip|tie|mtp|with_|size|scale|dim"
-)
-_MAMBA_HEADS = re.compile(r"mamba.*heads$")
-_LAYERS = re.compile(r"(^|_)(layers?|num_blocks|depth|num_layers_per_stack)$")
-_NO_LAYERS = re.compile(
-    r"conv|feat_extract|lstm|residual|feature_layer|window|nextn|mtp|prenet|postnet|per_attn|memory|mem_|norm"
-)
-_STAGES = re.compile(r"^(depths?|stage_num_blocks|num_block_repeats|n_attn_blocks|stage_numb_of_layers|block_sizes)$")
-_PERIOD = re.compile(r"(period|interval|every_n_layers|sparse_step|window_pattern|moe_layer_step|layer_group_size|frequency)$")
-_EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$|^zero_expert_num$|^num_local_experts$")
-_CHOSEN = re.compile(r"experts_per_tok(en)?$|^(moe_)?top_?k(_experts)?$|^moe_k$")
-_NEURONS = re.compile(
-    r"intermediate_size|ffn_dim|^d_ff$|^n_inner$|^d_inner$|^dff$|^dim_ff$|ffn_hidden_size|feed_forward_size|mlp_dim|"
-    r"^ffn_hidden|^hidden_dim$|feedforward_dim|encoder_ffn|decoder_ffn"
-)
-_HIDDEN = re.compile(
-    r"^(decoder_|encoder_|cross_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|dim|hidden_dim|embedding_dim)$"
-)
-_HEAD = re.compile(r"(^|_)(head_dim|head_size|d_kv|d_head|dim_head|key_dim|headdim|kv_channels|attention_head_dim)$")
-_POSITIONS = re.compile(
-    r"(max_position|_positions$|max_seq_len|n_ctx|n_positions|^context_length|max_pos_emb|max_2d_pos|position_embeddings$|"
-    r"max_relative_pos|model_max_length|^max_length|^num_landmarks)"
-)
-_WINDOW = re.compile(
-    r"window|chunk_length|chunk_size$|block_size$|local_attention$|^local_radius$|context_size$|_topk$|chunk_len"
-)
-_WIDTH = re.compile(
-    r"(size|dim|dims|channels?|rank|units|width|filters|_in|_out|_d_state|_d_ssm|d_latents|bins_dim|latents|dimension|"
-    r"_embed|num_centroids|codevectors_per_group)$"
-)
-_NO_WIDTH = re.compile(
-    r"kernel|group_size|^num_channels$|^in_chans|in_channels$|^input_channels|audio_channels|batch|patch|image_size|crop|_conv$|"
-    r"code_len|merge|^stride|hop|frame|coordinate|sample|conv_dim$|cond_|chunk|bbox|pool_size|grid|_shift|^channels$|pos_bins|"
-    r"train_size|conv_L|swa_window|expansion|tie|use_|^type_vocab|vocab|attention_window|out_channels_|block_size|fft|type_|scale"
-)
 
 
 def miniature(config: Any, *, layers: int | None = None, heads: int | None = None) -> Any:
@@ -111,7 +72,7 @@ class _Shrink:
                     own[key] = HEAD
                 elif type(value) is int and "head_dim" in key:
                     own[key] = HEAD + 4 if self.rope else 2 * OWN_HEAD
-                elif type(value) is int and (_WINDOW.search(key) or _WIDTH.search(key)):
+                elif type(value) is int and (words.WINDOW.search(key) or words.WIDTH.search(key)):
                     own[key] = 12 if "window" in key else NEURONS - 8
                 elif type(value) is int and self.heads is not None:
                     own[key] = min(value, self.heads if "heads" in key else 2)
@@ -131,7 +92,7 @@ class _Shrink:
     # how many
 
     def _fewer_layers(self, layers: int) -> None:
-        counts = self.ints(_LAYERS, _NO_LAYERS)
+        counts = self.ints(words.LAYERS, words.NO_LAYERS)
         keep = self.kept
         for key, count in counts.items():
             if re.search("dense|sparse|shared", key):
@@ -146,14 +107,14 @@ class _Shrink:
             count = len(keep[len(self.old["stage_names"]) - 1])
             self.config.stage_names = ["stem", *(f"stage{number}" for number in range(1, count + 1))]
             self.config._out_features, self.config._out_indices = [f"stage{count}"], [count]
-        for key, value in self.ints(_PERIOD).items():
+        for key, value in self.ints(words.PERIOD).items():
             self.put(key, min(value, 2))
         for key, value in self.ints(re.compile("layer_offset$")).items():
             self.put(key, min(value, 1))
         for key, value in self.ints(re.compile("first_k_dense|num_dense_layers|max_window_layers|num_sparse_.*layers")).items():
             self.put(key, min(value, 1))
         for key, values in self.old.items():
-            if _STAGES.search(key) and isinstance(values, list | tuple):
+            if words.STAGES.search(key) and isinstance(values, list | tuple):
                 self.put(key, type(values)(min(value, layers) for value in values))
 
     def _kept(self, count: int, layers: int) -> list[int]:
@@ -180,9 +141,9 @@ class _Shrink:
     def _heads(self) -> None:
         """`self.query` and `self.groups`: query heads and key-value groups of this part, after shrinking."""
         self.query = 0
-        queries = {k: v for k, v in self.ints(_QUERY, _NO_HEADS).items() if not _KEY_VALUE.search(k) and v > 0}
-        groups = {k: v for k, v in self.ints(_KEY_VALUE).items() if v > 0}
-        mamba = {k: v for k, v in queries.items() if _MAMBA_HEADS.search(k) or self.config.model_type == "mamba2"}
+        queries = {k: v for k, v in self.ints(words.QUERY, words.NO_HEADS).items() if not words.KEY_VALUE.search(k) and v > 0}
+        groups = {k: v for k, v in self.ints(words.KEY_VALUE).items() if v > 0}
+        mamba = {k: v for k, v in queries.items() if words.MAMBA_HEADS.search(k) or self.config.model_type == "mamba2"}
         main = next((v for k, v in queries.items() if k not in mamba), 0)
         for key, value in queries.items():
             if self.heads is not None:
@@ -206,9 +167,9 @@ class _Shrink:
                     self.put(key, type(values)(1 << (min(value, self.heads).bit_length() - 1) for value in values))
                 self.query = self.query or getattr(self.config, key)[0]
         if self.heads is not None:
-            for key, value in self.ints(_EXPERTS).items():
+            for key, value in self.ints(words.EXPERTS).items():
                 self.put(key, min(value, EXPERTS))
-            for key, value in self.ints(_CHOSEN).items():
+            for key, value in self.ints(words.CHOSEN).items():
                 self.put(key, min(value, 2))
             for key, value in self.ints(re.compile("^(n_groups?|num_expert_group|topk_group|n_group)$")).items():
                 self.put(key, min(value, 1 if key == "topk_group" else 2))
@@ -219,31 +180,31 @@ class _Shrink:
         """The hidden size, the heads' own size, the neurons: the widths that the others are told by."""
         query = self.query or self.heads or 4
         head = HEAD if query <= 16 else HEAD // 2
-        told = [self.known[value] for value in self.ints(_HIDDEN).values() if value in self.known]
+        told = [self.known[value] for value in self.ints(words.HIDDEN).values() if value in self.known]
         hidden = told[0] if told and not self.query else query * head
         self.hidden = hidden
-        for key, value in self.ints(_HIDDEN).items():
+        for key, value in self.ints(words.HIDDEN).items():
             self.known.setdefault(value, hidden)
             self.put(key, hidden)
         self.rope = self.old.get("qk_rope_head_dim")
         own = {"qk_rope_head_dim": 4, "qk_nope_head_dim": HEAD, "v_head_dim": HEAD, "qk_head_dim": HEAD + 4}
-        for key, value in self.ints(_HEAD).items():
+        for key, value in self.ints(words.HEAD).items():
             if key in own:
                 self.put(key, own[key])
             elif self.rope:
                 self.put(key, 4 if value == self.rope else HEAD + 4)
             elif value > 0:
                 self.put(key, head if key == "d_head" else OWN_HEAD if query <= 16 else HEAD)
-        for number, (key, value) in enumerate(self.ints(_NEURONS).items()):
+        for number, (key, value) in enumerate(self.ints(words.NEURONS).items()):
             wide = NEURONS if number == 0 or "encoder" in key or "decoder" in key else NEURONS - 8 * min(number, 3)
-            if value > 0 and not _HIDDEN.search(key):
+            if value > 0 and not words.HIDDEN.search(key):
                 self.known.setdefault(value, wide)
                 self.put(key, wide)
 
     def _mamba(self) -> None:
         """State-space heads share the expanded hidden size out."""
         two = self.config.model_type == "mamba2"
-        count = next(iter(self.ints(re.compile("^num_heads$") if two else _MAMBA_HEADS)), None)
+        count = next(iter(self.ints(re.compile("^num_heads$") if two else words.MAMBA_HEADS)), None)
         size = next(iter(self.ints(re.compile("^head_dim$" if two else "^mamba_(d_head|head_dim|headdim)$"))), None)
         expand = self.old.get("mamba_expand") or self.old.get("expand")
         if count and size and type(expand) is int:
@@ -265,12 +226,12 @@ class _Shrink:
                 self.put(key, VOCABULARY)
             elif key == "rotary_dim":
                 self.put(key, 4)
-            elif _POSITIONS.search(key):
+            elif words.POSITIONS.search(key):
                 self.put(key, min(value, POSITIONS))
-            elif _WINDOW.search(key):
+            elif words.WINDOW.search(key):
                 if "chunk_right_context" not in self.old:
                     self.put(key, min(value, 8))
-            elif _WIDTH.search(key) and not _NO_WIDTH.search(key) and value > 8:
+            elif words.WIDTH.search(key) and not words.NO_WIDTH.search(key) and value > 8:
                 self.put(key, self.known.get(value, 12 if "rank" in key else 16))
             elif key in ("image_size", "patch_size", "crop_size", "input_size"):
                 self._image(key, value)
@@ -289,7 +250,7 @@ class _Shrink:
     def _image(self, key: str, value: int) -> None:
         patch = self.old.get("patch_size")
         tiny = min(patch, 4) if isinstance(patch, int) else 0
-        stages = any(_STAGES.search(key) or key.endswith("hidden_sizes") for key, value in self.old.items() if value)
+        stages = any(words.STAGES.search(key) or key.endswith("hidden_sizes") for key, value in self.old.items() if value)
         if key == "patch_size":
             self.put(key, min(value, 4))
         else:
