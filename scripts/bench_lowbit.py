@@ -47,10 +47,9 @@ PLAIN = {"bits": 4, "quant_type": "nf4", "use_double_quant": True}
 OURS = {"engine": "hfcompress", "calibrate": "feedback"}
 LANGUAGE: dict[str, dict[str, Any]] = {
     "NF4": PLAIN,
-    "NF4, scales searched (no data)": {**PLAIN, "calibrate": "scales"},
-    "NF4, scales weighted by the data": {**PLAIN, "calibrate": "diagonal"},
     "NF4, error feedback": {**PLAIN, "calibrate": "feedback"},
-    "NF4, error feedback and rounding": {**PLAIN, "calibrate": "rounding"},
+    "NF4, scales searched (no data)": {**PLAIN, "calibrate": "scales"},
+    "hfcompress, 8 bits, embeddings too": INT8,
     "hfcompress, 4 bits, groups of 64 (4.25 bits)": {**OURS, "bits": 4, "group_size": 64, "samples": 32},
     "hfcompress, 4 and 8 bits, groups of 128, target_bits: 4.25": {
         **OURS,
@@ -58,7 +57,8 @@ LANGUAGE: dict[str, dict[str, Any]] = {
         "target_bits": 4.25,
         "samples": 32,
     },
-    "hfcompress, 8 bits, embeddings too": INT8,
+    "NF4, error feedback and rounding": {**PLAIN, "calibrate": "rounding"},
+    "NF4, scales weighted by the data": {**PLAIN, "calibrate": "diagonal"},
 }
 WRITING: dict[str, dict[str, Any] | None] = {
     "as it came": None,
