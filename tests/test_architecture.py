@@ -49,7 +49,7 @@ ONLY_IN = {
         ),
     },
     "evaluate": {"tasks.metrics"},
-    "matplotlib": {"results.plot"},
+    "matplotlib": {"results.plot", "results.layer_plot"},
     "peft": {"methods.adapters", "surgery.lora", "checkpoint.artifact"},
     "bitsandbytes": {"layers.bnb_library"},
 }

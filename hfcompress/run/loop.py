@@ -21,6 +21,7 @@ from hfcompress.checkpoint.proof import prove
 from hfcompress.checkpoint.writing import write_text
 from hfcompress.results import hub
 from hfcompress.results.card import write_card
+from hfcompress.results.layer_plot import is_worth_it, plot_layers
 from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 from hfcompress.results.saved_files import missing_files
@@ -287,6 +288,8 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
         shutil.copyfile(work / INPUTS, whole / INPUTS)
     if find_spec("matplotlib"):
         plot(report, whole / "report.png")
+        if is_worth_it(model):
+            plot_layers(model, whole / "layers.png")
     else:
         log.info("no report.png, for want of matplotlib: pip install matplotlib")
     _write_up(recipe, report, whole)

@@ -93,6 +93,7 @@ def test_the_artifact_is_whole(done: Path) -> None:
         "recipe.yaml",
         "report.json",
         "report.png",
+        "layers.png",
         "README.md",
     } <= files
     assert not done.with_name("done.partial").exists()
