@@ -128,11 +128,11 @@ def mean_loss(model: Any, batches: MakeBatches | None, what: str, where: str, in
     return total / seen if seen else None
 
 
-def in_parts(weights: Mapping[str, Tensor], most: int = AT_ONCE) -> Iterator[dict[str, Tensor]]:
-    """The weights in parts of so many bytes at the most in float32, or of one weight."""
+def in_parts(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The weights in parts of `AT_ONCE` bytes at the most in float32, or of one weight."""
     part: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if part and 4 * sum(one.numel() for one in (*part.values(), weight)) > most:
+        if part and 4 * sum(one.numel() for one in (*part.values(), weight)) > AT_ONCE:
             yield part
             part = {}
         part[name] = weight

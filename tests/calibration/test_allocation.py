@@ -136,6 +136,16 @@ def test_max_drop_holds_on_the_model_itself_and_more_saves_more() -> None:
     assert sizes[2] == weigh(smallest)["bytes"]
 
 
+def test_slopes_of_more_weights_than_may_be_held_are_found_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for at_once in (2**31, 1):
+        monkeypatch.setattr("hfcompress.calibration.batches.AT_ONCE", at_once)
+        model, data = tiny_model("bert"), FewBatches("bert")
+        Quantize(engine="hfcompress", target_bits=6, swaps=0, samples=4).run(model, data)
+        sizes.append({name: getattr(module, "bits", 16) for name, module in model.named_modules()})
+    assert sizes[0] == sizes[1]
+
+
 def test_swaps_never_make_the_loss_larger_nor_the_model() -> None:
     found = {}
     for swaps in (0, 12):

@@ -286,7 +286,7 @@ def test_taylor_holds_no_more_gradients_at_a_time_than_it_is_told(monkeypatch: p
     model, batch = given("llama")
     all_units = units_of(model, "neurons")
     at_once = score("taylor", model, all_units, lambda: [batch])
-    monkeypatch.setattr("hfcompress.calibration.scores.AT_ONCE", 1)
+    monkeypatch.setattr("hfcompress.calibration.batches.AT_ONCE", 1)
     passes: list[int] = []
     in_turn = score("taylor", model, all_units, lambda: passes.append(1) or [batch])  # type: ignore[func-returns-value]
     assert len(passes) == len({span.tensor for units in all_units for span in (*units.inputs, *units.outputs)}), "one a weight"

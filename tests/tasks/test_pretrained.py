@@ -84,7 +84,7 @@ def test_what_it_is_for(place: Path, tmp_path: Path) -> None:
 
 def test_models_lie_where_they_are_asked_to(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's device without memory stands for an accelerator."""
-    monkeypatch.setattr(pretrained, "_default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(pretrained, "place_for", lambda device=None: torch.device(device or "meta"))
     task = TextClassification(str(place / "texts"))
     for model in (open_model(place / "bert"), open_model(place / "bert", task), task.load_model(str(place / "bert"))):
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
