@@ -94,6 +94,25 @@ def test_every_kernel_says_what_the_dense_product_says(
             assert off(layer(x), expected) < max(allowed, 4 * torch.finfo(dtype).eps), (kind, size)
 
 
+def test_rows_with_outliers_are_rounded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.steps():
+        monkeypatch.setattr(kernels, "kernel_for", lambda *_: "integers")
+    torch.manual_seed(0)
+    layer, x = QuantLinear.from_linear(nn.Linear(1024, OUT)), torch.randn(2, 5, 1024)
+    x[1, 3, 7] = 300.0
+    expected, found = functional.linear(x, layer.dequantised(), layer.bias), layer(x)
+    half = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    for one, other in ((found, expected), (half.float(), expected)):
+        assert off(one[1, 3], other[1, 3]) < 5e-3
+    if kernels.steps():
+        left = kernels.rounded_rows(x)[2]
+        assert left is not None and left.rows.tolist() == [8]
+        monkeypatch.setattr(kernels, "ROUGH", 9.0)
+        kernels.forget_rows()
+        assert off(layer(x)[1, 3], expected[1, 3]) > 0.02, "once alone is not enough"
+
+
 def test_an_example_does_not_feel_the_others_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels.steps():
         monkeypatch.setattr(kernels, "kernel_for", lambda *_: "integers")
@@ -105,7 +124,7 @@ def test_an_example_does_not_feel_the_others_of_its_batch(monkeypatch: pytest.Mo
 
 def test_projections_that_read_the_same_share_its_rounding() -> None:
     x = given(3, 8)
-    codes, each = kernels.rounded_rows(x)
+    codes, each, _ = kernels.rounded_rows(x)
     assert kernels.rounded_rows(x)[0] is codes
     assert kernels.rounded_rows(x.clone())[0] is not codes
     before = each.clone()
