@@ -54,8 +54,7 @@ def least_harm(
     groups = read_together(model, names, next(singles(model, next(iter(given(batches, ASKED))))))
     costs = _costs(model, names, formats, batches)
     decisions = [_choices(group, formats, costs) for group in groups]
-    trial = Trial(model, groups, formats, batches, ASKED)
-    with trial:
+    with Trial(model, groups, formats, batches, ASKED) as trial:
         if target.drop is not None:
             found = _within_drop(trial, decisions, target.drop)
         else:

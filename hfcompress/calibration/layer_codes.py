@@ -106,7 +106,7 @@ def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 def codes_without_data(name: str, layer: Any, grid: Grid, stage: Stage, asked: str) -> Codes:
     """The codes that `calibrated_codes` finds for one layer at a stage that needs no data."""
-    weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
+    weight = _matrix(layer, layer.weight.dtype)
     _check_finite(name, weight, asked)
     return _same_everywhere(choose_codes(weight, grid, stage, name=name), grid)
 

@@ -11,6 +11,7 @@ from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import KINDS, holds_codes, kind_of
 
 log = logging.getLogger("hfcompress")
+_SWITCHED = "a model that was switched to inference can't be"
 
 
 def fast(model: Any) -> Any:
@@ -54,6 +55,3 @@ def _refuse_saving(*_: Any) -> None:
 def _refuse_training(layer: nn.Module, _: Any) -> None:
     if layer.training:
         raise CompressionError(f"fast: {_SWITCHED} trained; call eval(), or load it again.")
-
-
-_SWITCHED = "a model that was switched to inference can't be"
