@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check fix bench fuzz clean
+.PHONY: quickstart test check fix bench gpu fuzz clean
 
 quickstart: $(STAMP)  ## a real encoder, several times smaller and faster, in minutes
 	$(BIN)/hfcompress run quickstart
@@ -26,6 +26,11 @@ bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench_distil.py
 	$(BIN)/python scripts/bench_vocab.py
 	$(BIN)/python scripts/bench_prune.py
+
+gpu: $(STAMP)  ## every law on a CUDA device, and the tables of docs/gpu.md; where there is none it says so
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device here, so nothing was run.')"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -n auto
+	$(BIN)/python scripts/bench_gpu.py
 
 fuzz: $(STAMP)  ## thousands of damaged artifacts and recipes: each is refused in a sentence, or means the same
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_artifacts.py 2000

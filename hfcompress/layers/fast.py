@@ -19,7 +19,8 @@ def fast(model: Any) -> Any:
 
     Layers that bitsandbytes unpacks at every forward on CPUs are repacked for its fused kernel where the processor has
     AVX512-BF16 (which multiplies in bfloat16), and else unpacked once, into the dtype they were coded from; those of our own
-    keep what they unpack. Elsewhere they stay as they are. What was switched can neither be trained nor saved: load it again.
+    keep what they unpack. On CUDA devices our 4 bits are laid out once more for PyTorch's own kernel (tinygemm), which is asked
+    for up to 8 rows in bfloat16. All else stays as it is. What was switched can neither be trained nor saved: load it again.
     """
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if away is not None:

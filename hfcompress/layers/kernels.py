@@ -6,7 +6,8 @@ to as many steps as this processor adds up without overflow; the product of the 
 round by more than `ROUGH` of their own norm, what is left over is rounded and multiplied as well: language models live on them.
 
 `bytes`, of 8 bits, and `nibbles`, of 4, take the input, and scales, in bfloat16, add up in float32, and give bfloat16: they
-move outputs by at most 1 %, mostly 0.3 %. A dense product takes everything as it is.
+move outputs by at most 1 %, mostly 0.3 %; on CUDA devices too, where a model was switched to inference. A dense product takes
+everything as it is, but for bfloat16 on accelerators, where codes are unpacked in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FEW = 4
+FEW, FEW_ON_CUDA = 4, 8
 """Rows up to which reading the weights is what takes the time."""
 GROUPS, ROWS = (32, 64, 128, 256), 16
 """How many columns may share a scale of `nibbles`, and what the number of outputs is a multiple of."""
@@ -78,6 +79,18 @@ def unpacks() -> bool:
 
 
 @cache
+def unpacks_on_cuda() -> bool:
+    """Whether this GPU does so with codes of 4 bits: tried as well."""
+    codes = torch.arange(-8, 8, device="cuda").repeat(16, 4).roll(1, 0).reshape(16, 2, 32)
+    try:
+        prepacked = nibbles(codes, torch.full((16, 2), 0.5, device="cuda"), None)
+        found = by_nibbles(torch.eye(64, device="cuda"), *prepacked, None)
+    except (RuntimeError, NotImplementedError, AttributeError):  # a GPU without bfloat16, or not of NVIDIA's
+        return False
+    return torch.equal(found, codes.flatten(1).T / 2)
+
+
+@cache
 def slow_bfloat16() -> bool:
     """Whether dense products are slower in bfloat16 than in float32, for want of instructions."""
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -85,7 +98,11 @@ def slow_bfloat16() -> bool:
 
 def kernel_for(x: Tensor, rows: int, weights: int, possible: Collection[str]) -> str:
     """The fastest for so many weights of integers, bytes and nibbles, if possible for such codes, or dense."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "dense"
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and rows <= FEW_ON_CUDA and "nibbles" in possible:
+        return "nibbles" if unpacks_on_cuda() else "dense"
+    if x.device.type != "cpu":
         return "dense"
     whole = x.dtype != torch.bfloat16
     unpacking = next((kind for kind in ("bytes", "nibbles") if kind in possible and unpacks()), "dense")
@@ -122,8 +139,8 @@ def by_bytes(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Te
 
 def by_nibbles(x: Tensor, prepacked: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in) to (..., out), of what `nibbles` made."""
-    said = torch.ops.aten._weight_int4pack_mm_for_cpu(_rows(x), prepacked, x.shape[-1] // len(scales), scales)
-    return _with_bias(said, x, bias)
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch.ops.aten._weight_int4pack_mm
+    return _with_bias(multiply(_rows(x), prepacked, x.shape[-1] // len(scales), scales), x, bias)
 
 
 def nibbles(codes: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,7 +148,13 @@ def nibbles(codes: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor
     kernel reads, which can't be saved; and (groups, out, 2) bfloat16: scales, and what a code of 8 in 16 is worth."""
     shift = 0 if offset is not None else 8
     middle = torch.zeros_like(scale) if offset is None else offset.float() + 8 * scale.float()
-    prepacked = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes.int() + shift).flatten(1), 1)
+    shifted = (codes.int() + shift).flatten(1)
+    if codes.device.type == "cpu":
+        prepacked = torch.ops.aten._convert_weight_to_int4pack_for_cpu(shifted, 1)
+    else:
+        tiles = next(count for count in (8, 4, 2) if shifted.shape[1] % (16 * count) == 0)  # of 16 columns, read together
+        pairs = (shifted[:, ::2] << 4 | shifted[:, 1::2]).to(torch.uint8)
+        prepacked = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
     return prepacked, torch.stack([scale.T.bfloat16(), middle.T.bfloat16()], -1).contiguous()
 
 

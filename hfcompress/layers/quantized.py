@@ -66,9 +66,9 @@ class Codes(nn.Module, Kind):
         """(rows, groups, group_size) int8, or uint8"""
         return unpacked(self.stored, self.bits, self.symmetric)
 
-    def dequantised(self) -> Tensor:
-        """(rows, columns) float32"""
-        return _worth(self.codes(), self.scale, self.offset).flatten(1)
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(rows, columns), computed in this dtype"""
+        return _worth(self.codes(), self.scale, self.offset, dtype).flatten(1)
 
     def damage(self) -> str | None:
         if self.stored.dtype != self.stored_dtype:
@@ -196,7 +196,9 @@ class QuantLinear(Codes, nn.Linear):
 
     def _unpacked_for(self, x: Tensor) -> Tensor:
         """The weight in the dtype of x; kept if asked, and where the layer is so small that unpacking takes as long as the
-        product."""
+        product. On accelerators it is computed in bfloat16 where an offset can't take away most of what that tells."""
+        if x.device.type != "cpu" and x.dtype == torch.bfloat16 and self.symmetric:
+            return self.dequantised(x.dtype)
         is_kept = self.keeps_unpacked or self.in_features * self.out_features <= kernels.SMALL
         if not is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
             return self.dequantised().to(x.dtype)
@@ -210,7 +212,8 @@ class QuantLinear(Codes, nn.Linear):
         if self.bits == 8:
             return ("integers", "bytes") if self.symmetric and self.group_size is None else ()
         fit = (self.group_size or self.in_features) in kernels.GROUPS and self.out_features % kernels.ROWS == 0
-        return ("nibbles",) if fit else ()
+        is_worth_it = self.keeps_unpacked or self.weight.device.type == "cpu"  # memory is short on accelerators
+        return ("nibbles",) if fit and is_worth_it else ()
 
     def _forget(self) -> None:
         """What was made of the codes, for products here."""
@@ -227,7 +230,7 @@ class QuantLinear(Codes, nn.Linear):
         return dense_linear(self.dequantised(), self.bias)
 
     def fast_form(self) -> None:
-        """Whatever has to be unpacked for a product here is so once."""
+        """Whatever has to be unpacked or packed anew for a product here is so once."""
         self.keeps_unpacked = True
 
     def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
@@ -314,7 +317,7 @@ def mismatch(columns: int, bits: int, group_size: int | None) -> str | None:
     return None
 
 
-def _worth(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """(..., groups, group_size) codes, in float32, of scale and offset (..., groups)."""
-    said = codes.float() * scale.float()[..., None]
-    return said if offset is None else said + offset.float()[..., None]
+def _worth(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(..., groups, group_size) codes of scale and offset (..., groups), computed in this dtype."""
+    said = codes.to(dtype) * scale.to(dtype)[..., None]
+    return said if offset is None else said + offset.to(dtype)[..., None]

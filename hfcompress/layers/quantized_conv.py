@@ -109,9 +109,9 @@ class QuantConv(Codes):
     def fields(self) -> dict[str, Any]:
         return {**_told(self), **self._told()}
 
-    def dequantised(self) -> Tensor:
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in / groups, *kernel) float32"""
-        return super().dequantised().unflatten(1, self._row)
+        return super().dequantised(dtype).unflatten(1, self._row)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in, *positions) to (batch, out, *positions), in the dtype of x"""
