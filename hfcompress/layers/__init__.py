@@ -31,8 +31,12 @@ __all__ = ["DTYPES", "KINDS", "Kind", "dense_form", "features", "holds_codes", "
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind's name, or None: subclasses of Linear that other libraries made are not ours to describe."""
-    ours = type(module).__module__.partition(".")[0] in ("torch", "transformers", "bitsandbytes", "hfcompress")
-    return _KIND_BY_TYPE.get(type(module).__name__) if ours else None  # PEFT has a Linear and a Linear4bit of its own
+    library, name = type(module).__module__.partition(".")[0], _KIND_BY_TYPE.get(type(module).__name__)
+    if name is None or library == "hfcompress":
+        return name
+    # I-BERT has a QuantLinear and a QuantEmbedding of its own, PEFT a Linear and a Linear4bit
+    is_theirs = not issubclass(KINDS[name], nn.Module) and library in ("torch", "transformers", "bitsandbytes")
+    return name if is_theirs else None
 
 
 def holds_codes(module: nn.Module) -> bool:

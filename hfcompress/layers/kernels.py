@@ -108,7 +108,7 @@ def kernel_for(x: Tensor, rows: int, weights: int, possible: Collection[str]) ->
     unpacking = next((kind for kind in ("bytes", "nibbles") if kind in possible and unpacks()), "dense")
     if rows <= FEW and not (whole and weights <= SMALL):
         return unpacking
-    if "integers" in possible and rows * weights >= MANY and steps():
+    if "integers" in possible and rows * weights >= MANY and steps() and not (weights <= SMALL and steps() < 127):
         return "integers"
     return "dense" if whole or not slow_bfloat16() else unpacking
 

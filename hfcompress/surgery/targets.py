@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -24,8 +25,7 @@ def codable(model: Any, bits: int = 8) -> list[str]:
     return [
         name
         for name in _loaded_as_named(model, body_linears(model))
-        if codes_fit(model.get_submodule(name), bits)
-        and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
+        if codes_fit(model.get_submodule(name), bits) and not _is_read(model, name, even_dtype=True)
     ]
 
 
@@ -74,7 +74,7 @@ def codable_convolutions(model: Any) -> tuple[list[str], dict[str, list[str]]]:
             why = "of a weight that is computed"
         elif 1 < layer.groups == layer.in_channels:
             why = "depthwise"
-        elif name in shared or any(reads_weight(*one) for one in _owners(model, name)):
+        elif name in shared or _is_read(model, name):
             why = "of a weight that others read"
         elif name not in named:
             why = "kept in float32, or renamed by a load"
@@ -95,23 +95,31 @@ def codable_tables(model: Any) -> list[list[str]]:
         is_inner = kind_of(module) == "embedding" and f"{name}.".startswith(prefix)
         if (is_inner or module is output) and not any(name in group for group in groups.values()):
             groups[name] = [name, *shared.get(name, [])]
-    return [group for group in groups.values() if all(_is_plain_table(model, name) for name in group)]
+    plain = [group for group in groups.values() if all(_is_plain_table(model, name) for name in group)]
+    return plain if _tells_dtype(model) else []
 
 
 def _is_plain_table(model: nn.Module, name: str) -> bool:
     module = model.get_submodule(name)
     is_whole = kind_of(module) != "embedding" or (module.max_norm is None and not module.sparse)
-    return (
-        kind_of(module) in ("embedding", "linear")
-        and is_whole
-        and not any(reads_weight(*one, even_dtype=True) for one in _owners(model, name))
-    )
+    return kind_of(module) in ("embedding", "linear") and is_whole and not _is_read(model, name, even_dtype=True)
 
 
-def _owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
-    """Every module on the way to one, with the attribute under which the way goes on."""
+def _tells_dtype(model: nn.Module) -> bool:
+    """Whether a floating parameter is left when all matrices are codes: transformers reads a model's dtype off one, and there
+    are norms without any."""
+    matrices = {id(module.weight) for module in model.modules() if kind_of(module) in ("linear", "conv1d", "embedding")}
+    return any(one.is_floating_point() and id(one) not in matrices for one in model.parameters())
+
+
+def _is_read(model: nn.Module, name: str, even_dtype: bool = False) -> bool:
+    """Whether the code of any module on the way to this one reads its weight past its forward; `even_dtype`: as below."""
     parts = name.split(".")
-    yield from ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
+    for depth, part in enumerate(parts):
+        owner, rest = model.get_submodule(".".join(parts[:depth])), "." + ".".join(parts[depth:])
+        if reads_weight(owner, part, even_dtype) or any(rest.endswith(way) for way in _weights_reached(cast(Any, type(owner)))):
+            return True
+    return False
 
 
 def matching(model: nn.Module, targets: list[str], possible: list[str], where: str) -> list[str]:
@@ -216,6 +224,20 @@ def _weights_read(owner: Any, even_dtype: bool) -> frozenset[str]:
         reads = [r"self\.(\w+)\.weight\b(?!\.device\b)", r"next\(self\.(\w+)\.parameters\(\)\)"]
     ours = [inspect.getsource(one) for one in owner.__mro__ if one.__module__.startswith("transformers.models.")]
     return frozenset(leaf for source in ours for read in reads for leaf in re.findall(read, source))
+
+
+@cache
+def _weights_reached(owner: Any) -> frozenset[str]:
+    """The ways, as ".attention.output", to weights that the code of a class writes into (RWKV), reads the shape of (Whisper,
+    for its positions), or hands a module on for (Perceiver)."""
+    found: set[str] = set()
+    for one in owner.__mro__:
+        if one.__module__.startswith("transformers.models."):
+            source, whole = inspect.getsource(one), inspect.getsource(sys.modules[one.__module__])
+            found |= set(re.findall(r"\w((?:\.\w+)+)\.weight(?:\.data)?\.(?:\w+_\(|shape)", source))
+            handed = re.findall(r"(\w+)=self((?:\.\w+)+)", source)
+            found |= {way for name, way in handed if re.search(rf"(?<![\w.]){name}\.weight\b(?!\.(?:device|dtype)\b)", whole)}
+    return frozenset(found)
 
 
 def by_pattern(pattern: str, names: Iterable[str], where: str) -> list[str]:
