@@ -26,6 +26,10 @@ class Codes(nn.Module, Kind):
     """
 
     holds_codes = True
+    keeps_unpacked = False
+    made: ClassVar[tuple[str, ...]] = ("_unpacked",)
+    """What was made of the codes, for products here: neither saved nor copied, and made again when it is asked for."""
+    _unpacked: Tensor | None
     columns: ClassVar[str]
     """Which of its sizes is that of a row, whose groups share scales."""
     weight: Any
@@ -34,6 +38,7 @@ class Codes(nn.Module, Kind):
 
     def _allocate(self, rows: int, columns: int, bits: int, group_size: int | None, symmetric: bool, device: Any) -> None:
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.is_small = rows * columns <= kernels.SMALL
         if wrong := mismatch(columns, bits, group_size):
             raise CompressionError(f"{type(self).__name__}: {wrong}.")
         size = group_size or columns
@@ -42,6 +47,10 @@ class Codes(nn.Module, Kind):
         for name, is_there in (("scale", True), ("offset", not symmetric)):
             each = torch.empty(rows, columns // size, dtype=scale_dtype(group_size), device=device)
             self.register_buffer(name, each if is_there else None)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.__dict__.update(dict.fromkeys(self.made))
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -61,6 +70,7 @@ class Codes(nn.Module, Kind):
         self.stored = packed(codes, self.bits, self.symmetric).to(self.weight.device).contiguous()
         self.scale = scale.to(self.weight.device, scale_dtype(self.group_size))
         self.offset = None if offset is None else offset.to(self.weight.device, scale_dtype(self.group_size))
+        self._forget()
 
     def codes(self) -> Tensor:
         """(rows, groups, group_size) int8, or uint8"""
@@ -69,6 +79,23 @@ class Codes(nn.Module, Kind):
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns), computed in this dtype"""
         return _worth(self.codes(), self.scale, self.offset, dtype).flatten(1)
+
+    def unpacked_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in this dtype; kept if asked, and where it is so small that unpacking takes as long as what follows. On
+        accelerators it is computed in bfloat16, unless an offset would take away most of what that tells."""
+        device = self.stored.device.type
+        if device != "cpu" and dtype == torch.bfloat16 and self.symmetric:
+            return self.dequantised(dtype)
+        if device != "cpu" or not (self.keeps_unpacked or self.is_small) or torch.compiler.is_compiling():
+            return self.dequantised().to(dtype)
+        if self._unpacked is None or self._unpacked.dtype != dtype:
+            with torch.inference_mode(False):  # else a later gradient could not pass
+                self._unpacked = self.dequantised().to(dtype)
+        return self._unpacked
+
+    def fast_form(self) -> None:
+        """Whatever has to be unpacked or packed anew for a product here is so once."""
+        self.keeps_unpacked = True
 
     def damage(self) -> str | None:
         if self.stored.dtype != self.stored_dtype:
@@ -79,7 +106,15 @@ class Codes(nn.Module, Kind):
                 return f"{name}, beside its codes, holds infinite values, or values that are no numbers"
         return None
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **dict.fromkeys(self.made)}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
         kept = {name: getattr(self, name) for name in ("scale", "offset")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -120,10 +155,9 @@ class QuantLinear(Codes, nn.Linear):
     type_name = "QuantLinear"
     columns = "in_features"
     names = ("in_features", "out_features", "bias", "bits", "group_size", "symmetric")
-    keeps_unpacked = False
+    made = ("_prepacked", "_nibbles", "_unpacked")
     _prepacked: Tensor | None
     _nibbles: tuple[Tensor, Tensor] | None
-    _unpacked: Tensor | None
 
     def __init__(
         self,
@@ -140,7 +174,6 @@ class QuantLinear(Codes, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self._allocate(out_features, in_features, bits, group_size, symmetric, device)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
-        self._forget()
 
     @classmethod
     def from_linear(cls, layer: Any, bits: int = 8, group_size: int | None = None, symmetric: bool = True) -> QuantLinear:
@@ -192,19 +225,7 @@ class QuantLinear(Codes, nn.Linear):
             if self._nibbles is None:
                 self._nibbles = kernels.nibbles(self.codes(), self.scale, self.offset)
             return kernels.by_nibbles(x, *self._nibbles, bias)
-        return functional.linear(x, self._unpacked_for(x), None if bias is None else bias.to(x.dtype))
-
-    def _unpacked_for(self, x: Tensor) -> Tensor:
-        """The weight in the dtype of x; kept if asked, and where the layer is so small that unpacking takes as long as the
-        product. On accelerators it is computed in bfloat16 where an offset can't take away most of what that tells."""
-        if x.device.type != "cpu" and x.dtype == torch.bfloat16 and self.symmetric:
-            return self.dequantised(x.dtype)
-        is_kept = self.keeps_unpacked or self.in_features * self.out_features <= kernels.SMALL
-        if not is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.dequantised().to(x.dtype)
-        if self._unpacked is None or self._unpacked.dtype != x.dtype:
-            self._unpacked = self.dequantised().to(x.dtype)
-        return self._unpacked
+        return functional.linear(x, self.unpacked_in(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @property
     def _kernels(self) -> tuple[str, ...]:
@@ -215,11 +236,6 @@ class QuantLinear(Codes, nn.Linear):
         is_worth_it = self.keeps_unpacked or self.weight.device.type == "cpu"  # memory is short on accelerators
         return ("nibbles",) if fit and is_worth_it else ()
 
-    def _forget(self) -> None:
-        """What was made of the codes, for products here."""
-        self._prepacked = self._unpacked = None
-        self._nibbles = None
-
     def recoded(self, weight: Tensor) -> QuantLinear:
         """The same layer in nearest codes of another weight (out, in)."""
         new = copy.deepcopy(self)
@@ -228,26 +244,6 @@ class QuantLinear(Codes, nn.Linear):
 
     def export_form(self) -> nn.Module:
         return dense_linear(self.dequantised(), self.bias)
-
-    def fast_form(self) -> None:
-        """Whatever has to be unpacked or packed anew for a product here is so once."""
-        self.keeps_unpacked = True
-
-    def set_codes(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
-        super().set_codes(codes, scale, offset)
-        self._forget()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is made of the codes for products here; copies and pickles make it again."""
-        return {**self.__dict__, "_prepacked": None, "_nibbles": None, "_unpacked": None}
 
 
 class QuantEmbedding(Codes, nn.Embedding):
@@ -297,9 +293,14 @@ class QuantEmbedding(Codes, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) to (..., dim)"""
+        if self.is_small:
+            return functional.embedding(ids, self.unpacked_in(self.speaks.dtype))
         codes = unpacked(self.weight.data[ids], self.bits, self.symmetric)
         offset = None if self.offset is None else self.offset[ids]
         return _worth(codes, self.scale[ids], offset).flatten(-2).to(self.speaks.dtype)
+
+    def fast_form(self) -> None:
+        """The rows that are asked for are few."""
 
     def export_form(self) -> nn.Module:
         weight = self.dequantised().to(self.speaks.dtype)

@@ -110,12 +110,12 @@ class QuantConv(Codes):
         return {**_told(self), **self._told()}
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out, in / groups, *kernel) float32"""
+        """(out, in / groups, *kernel), computed in this dtype"""
         return super().dequantised(dtype).unflatten(1, self._row)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in, *positions) to (batch, out, *positions), in the dtype of x"""
-        weight, bias = self.dequantised().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        weight, bias = self.unpacked_in(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = functional.pad(x, self._around, mode=self.padding_mode), 0

@@ -15,6 +15,7 @@ from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import KINDS, kernels
 from hfcompress.layers.packing import packed, rounded, unpacked
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
+from hfcompress.layers.quantized_conv import QuantConv
 
 INTO, OUT = 96, 48
 
@@ -160,6 +161,9 @@ def test_which_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             assert found == expected, (rows, weights, dtype, possible, slow)
     monkeypatch.setattr(kernels, "unpacks", lambda: False)
     assert kernels.kernel_for(given(1), 1, 2**20, four) == "dense"
+    for count, expected in ((63, "dense"), (127, "integers")):  # small layers are unpacked anyway
+        monkeypatch.setattr(kernels, "steps", lambda count=count: count)
+        assert kernels.kernel_for(given(1), 2**10, 2**18, eight) == expected
 
 
 def test_what_a_small_layer_keeps_unpacked_follows_its_codes() -> None:
@@ -169,6 +173,27 @@ def test_what_a_small_layer_keeps_unpacked_follows_its_codes() -> None:
     layer.set_codes(-other.codes().short(), other.scale, None)
     torch.testing.assert_close(layer(x), functional.linear(x, -other.dequantised(), layer.bias))
     assert layer(x.double()).dtype == torch.float64
+
+
+def test_what_a_small_table_or_convolution_keeps_unpacked_follows_its_codes_and_lets_gradients_pass() -> None:
+    torch.manual_seed(0)
+    ids, sound = torch.arange(6), torch.randn(1, 4, 9)
+    for layer, x in (
+        (QuantEmbedding.from_dense(nn.Embedding(6, 8)), ids),
+        (QuantConv.from_dense(nn.Conv1d(4, 6, 3)), sound.requires_grad_()),
+    ):
+        with torch.inference_mode():
+            before = layer(x)
+        layer.set_codes(-layer.codes().short(), layer.scale, None)
+        said = layer(x)
+        torch.testing.assert_close(said - shift(layer), shift(layer) - before)
+        said.sum().backward() if said.requires_grad else None
+        assert copy.deepcopy(layer)._unpacked is None and layer.half()._unpacked is None
+    assert sound.grad is not None and bool(sound.grad.any())
+
+
+def shift(layer: Any) -> Any:
+    return 0 if getattr(layer, "bias", None) is None else layer.bias[:, None]
 
 
 @pytest.mark.parametrize("kernel", ["dense", "integers"])
