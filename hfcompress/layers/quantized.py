@@ -204,14 +204,17 @@ class QuantLinear(Codes, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of x"""
-        trained = self.bias is not None and self.bias.requires_grad
-        if not torch.is_grad_enabled() or not (x.requires_grad or trained):
-            return self.product(x, self.bias)
+        bias = self.bias
+        if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return self.product(x, bias)
         said = kernels.Product.apply(x, self) if x.requires_grad else self.product(x, None)
-        return said if self.bias is None else said + self.bias.to(said.dtype)
+        return said if bias is None else said + bias.to(said.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """By the kernel that is fastest here; see `kernels`."""
+        kept = self._unpacked
+        if kept is not None and kept.dtype == x.dtype == torch.float32 and kernels.steps() < 127:
+            return functional.linear(x, kept, None if bias is None else bias.to(x.dtype))  # integers would gain nothing
         rows = x.numel() // max(x.shape[-1], 1)
         weights = self.in_features * self.out_features
         kernel = kernels.kernel_for(x, rows, weights, self._kernels) if rows and self._kernels else "dense"
