@@ -2,7 +2,7 @@
 
 Random weights of real shapes, nothing downloaded: BERT-base, Llamas of 1.1 and 6.7 billion parameters, in bfloat16. Every form of
 a model takes turns with the bfloat16 model itself, forward by forward. A row is written as soon as it is measured; the text is
-made of docs/gpu.json, which keeps what was measured before. About five minutes on an H100.
+made of docs/gpu.json, which keeps what was measured before. How long all of it takes has not been seen yet.
 
     python scripts/bench_gpu.py [encoder] [1b] [7b] [costs] [teachers] [--out docs]
 """
@@ -134,11 +134,11 @@ def decoded(model: Any, reference: Any, task: Texts) -> dict[str, Any]:
 
 def speeds(kept: Kept, part: str) -> None:
     """Every form of one model, in turns with the model itself."""
-    title, config = MODELS[part]
+    config = MODELS[part][1]
     task, reference = texts_for(config), made(config)
     held = torch.cuda.memory_allocated() / 1e9
     base = {"megabytes": weigh(reference)["bytes"] / 1e6, "peak": peak(reference, task, 8), "held": held}
-    kept.put(part, "bfloat16, as it is", {**base, "title": title})
+    kept.put(part, "bfloat16, as it is", base)
     for name, methods in FORMS.items():
         if name not in SKIPPED.get(part, ()) and not kept.has(part, name):
             kept.put(part, name, measured(name, methods, reference, task))

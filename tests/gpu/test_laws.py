@@ -15,6 +15,7 @@ from hfcompress.checkpoint.describe import diff
 from hfcompress.checkpoint.proof import difference
 from hfcompress.layers import holds_codes
 from hfcompress.methods import Method
+from hfcompress.results.measure import has_codes
 from hfcompress.tasks.pretrained import open_model
 from tests.gpu.place import DEVICE, KINDS, Few, auto, logits, made, rows
 
@@ -39,7 +40,7 @@ def test_it_chooses_and_computes_as_on_a_cpu(kind: str, method: Method) -> None:
         method.run(model, Few(kind))
     assert {tensor.device for tensor in (*here.parameters(), *here.buffers())} == {DEVICE}
     assert diff(here) == diff(there)
-    low = any(map(holds_codes, there.modules())) or here.dtype != torch.float32
+    low = has_codes(there) or here.dtype != torch.float32
     # codes: a weight that lies between two may fall to either side, and inputs are rounded or not
     assert difference(logits(here, kind), logits(there, kind)) < (3e-2 if low else 1e-3)
 
@@ -65,10 +66,6 @@ def check(model: Any, kind: str, folder: Path) -> None:
     assert difference(logits(there, kind), expected) < (2e-3 if model.dtype == torch.float32 and not has_codes(model) else 5e-2)
     save(there, None, folder / "there")
     assert torch.equal(logits(open_model(folder / "there", auto(kind), DEVICE), kind), expected)
-
-
-def has_codes(model: Any) -> bool:
-    return any(map(holds_codes, model.modules()))
 
 
 @pytest.mark.parametrize("method", CODES, ids=str)
