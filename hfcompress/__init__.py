@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import riding as riding
     from hfcompress.run.callback import CompressionCallback as CompressionCallback
     from hfcompress.run.callback import attach as attach
+    from hfcompress.run.exporting import export_model as export_model
     from hfcompress.run.loop import compress as compress
     from hfcompress.run.low_memory import compress_while_loading as compress_while_loading
     from hfcompress.run.recipe import Recipe as Recipe
@@ -44,6 +45,7 @@ _HOMES = {
     "CompressionCallback": "run.callback",
     "Train": "run.train",
     "attach": "run.callback",
+    "export_model": "run.exporting",
     "fast": "layers.fast",
 }
 __all__ = [  # noqa: RUF022  in the order people meet them
@@ -69,6 +71,7 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "Cast",
     "Student",
     "fast",
+    "export_model",
     "CompressionError",
 ]
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
-ASKED = {"matplotlib", "PIL"}
+ASKED = {"matplotlib", "PIL", "gguf", "onnxruntime"}
 """What is imported where it is there, from an extra."""
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 
@@ -45,8 +45,9 @@ def test_whatever_is_imported_is_a_dependency() -> None:
 def test_no_version_is_claimed_that_was_not_run() -> None:
     """The least version of each is the pinned one, without its last number."""
     pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
-    extras = [Requirement(line) for name in ("plots", "llm-demo", "vision") for line in PROJECT["optional-dependencies"][name]]
-    assert len(NEEDED) > 10 and len(extras) == 3
+    names = ("plots", "llm-demo", "vision", "export")
+    extras = [Requirement(line) for name in names for line in PROJECT["optional-dependencies"][name]]
+    assert len(NEEDED) > 10 and len(extras) == 9
     for line in (*NEEDED, *extras):
         (least,) = re.fullmatch(r">=([\d.]+)", str(line.specifier)).groups()  # type: ignore[union-attr]
         assert f"{pinned[line.name]}.".startswith(f"{least}."), line

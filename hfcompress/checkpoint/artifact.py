@@ -61,6 +61,14 @@ def complete(model: Any, folder: str | Path, dtype: torch.dtype | None = None) -
         model._weight_conversions = conversions  # loading puts the adapter's there, and a save would rename the base by them
 
 
+def forget_quantization(model: Any) -> None:
+    """Leave no trace of how a model was stored that is a plain one by now."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if name in vars(owner):
+            delattr(owner, name)
+    vars(model)["is_quantized"] = False
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Without transformers' progress bars; as before afterwards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -35,3 +36,16 @@ class Fields(BaseModel):
                 f"give it once."
             )
         super().__init__(**given, **fields)
+
+
+class Named(Fields):
+    """Fields that a recipe lists under the class's name."""
+
+    @classmethod
+    def key(cls) -> str:
+        """The YAML key: the class's name in snake case, `PruneHeads` -> `prune_heads`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump(mode="json", exclude_defaults=True).items())
+        return f"{self.key()} ({fields})" if fields else self.key()

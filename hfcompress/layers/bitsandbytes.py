@@ -14,6 +14,7 @@ from hfcompress.checkpoint.errors import shown
 from hfcompress.layers.base import DTYPES, Kind, dense_fields, dense_linear, features, is_conv1d
 from hfcompress.layers.beside_codes import bad_scales, bad_tensor
 from hfcompress.layers.bnb_library import library
+from hfcompress.layers.stored import StoredLinear
 
 THRESHOLD_LIMIT = 1000.0
 
@@ -182,7 +183,7 @@ class Linear8bit(Kind):
 
     @staticmethod
     def export_form(layer: Any) -> nn.Module:  # type: ignore[override]
-        return dense_linear(Linear8bit.dequantised(layer), layer.bias)
+        return StoredLinear(layer.weight.data[:, None], _row_scales(layer).float()[:, None] / 127, None, layer.bias)
 
 
 def coded(layer: Any, bits: int, **fields: Any) -> nn.Module:

@@ -117,7 +117,8 @@ def _dense(factor: nn.Module) -> Tensor:
 def _plain(factor: nn.Module) -> nn.Module:
     from hfcompress.layers import KINDS, kind_of
 
-    return KINDS[kind_of(factor) or ""].export_form(factor)  # type: ignore[call-arg, arg-type]
+    kind = kind_of(factor)
+    return factor if kind is None else KINDS[kind].export_form(factor)  # type: ignore[call-arg, arg-type]
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import kernels
-from hfcompress.layers.base import Kind, dense_fields, dense_linear, features, is_conv1d
+from hfcompress.layers.base import Kind, dense_fields, features, is_conv1d
 from hfcompress.layers.dense import DenseEmbedding
 from hfcompress.layers.packing import packed, rounded, scale_dtype, unpacked
+from hfcompress.layers.stored import StoredEmbedding, StoredLinear
 
 BITS = (8, 4)
 
@@ -246,7 +247,7 @@ class QuantLinear(Codes, nn.Linear):
         return new
 
     def export_form(self) -> nn.Module:
-        return dense_linear(self.dequantised(), self.bias)
+        return StoredLinear(self.codes(), self.scale, self.offset, self.bias)
 
 
 class QuantEmbedding(Codes, nn.Embedding):
@@ -306,8 +307,7 @@ class QuantEmbedding(Codes, nn.Embedding):
         """The rows that are asked for are few."""
 
     def export_form(self) -> nn.Module:
-        weight = self.dequantised().to(self.speaks.dtype)
-        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight).requires_grad_(False)
+        return StoredEmbedding(self.codes(), self.scale, self.offset, self.speaks.dtype)
 
 
 def mismatch(columns: int, bits: int, group_size: int | None) -> str | None:

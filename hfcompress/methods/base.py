@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from hfcompress.calibration.batches import Batches
 from hfcompress.checkpoint.describe import describe
-from hfcompress.checkpoint.fields import Fields
+from hfcompress.checkpoint.fields import Named
 from hfcompress.checkpoint.quantizer import forget_reading
 from hfcompress.surgery.modules import restored_on_error
 
@@ -34,20 +33,11 @@ class LayerEdits:
     """Edit what is left, when the layers of these names are done and the whole model is there."""
 
 
-class Step(Fields):
+class Step(Named):
     """Anything a recipe can list: `run` edits the model in place."""
-
-    @classmethod
-    def key(cls) -> str:
-        """The YAML key: the class's name in snake case, `PruneHeads` -> `prune_heads`."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def run(self, model: nn.Module, task: Any) -> None:
         raise NotImplementedError
-
-    def __str__(self) -> str:
-        fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump(mode="json", exclude_defaults=True).items())
-        return f"{self.key()} ({fields})" if fields else self.key()
 
     @property
     def label(self) -> str:

@@ -127,7 +127,10 @@ def _timed(model: nn.Module, task: Any, beside: nn.Module | None) -> tuple[Laten
 
 
 def weigh(model: nn.Module) -> dict[str, int]:
-    """`parameters`, `nonzero`, `stored_elements` and `bytes` (of the unique tensors a save writes); see `Row`."""
+    """`parameters`, `nonzero`, `stored_elements` and `bytes` (of the unique tensors a save writes); see `Row`. An export tells
+    them itself."""
+    if (told := getattr(model, "weight_count", None)) is not None:
+        return {"stored_elements": told["parameters"], **told}
     seen: set[Any] = set()
     parameters = nonzero = 0
     for module in model.modules():
@@ -191,7 +194,7 @@ def _repacked(model: nn.Module) -> bool:
 
 def settings_of(model: nn.Module, task: Any) -> dict[str, Any]:
     example = task.example(1)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), getattr(model, "dtype", None))
     settings = {
         "dtype": str(dtype).removeprefix("torch."),
         "device": device_of(model).type,

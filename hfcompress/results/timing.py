@@ -32,7 +32,8 @@ REPETITIONS = {1: 20, 8: 8}
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Where its inputs go; an export, which has no parameters, reads them on the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def room_for(megabytes: float, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: run, list, copy, validate, schema, explain, doctor, show, verify, eval, compare, push."""
+"""The command line: run, list, copy, validate, schema, explain, doctor, show, verify, eval, compare, export, push."""
 
 from __future__ import annotations
 
@@ -271,6 +271,34 @@ def compare(
     # one door, so that both lie on the same device
     models = open_model(a, chosen), open_model(b, other)
     console.print(compare_models(*models, chosen, names=(a, b), task_b=other, faster=fast).table())
+
+
+@app.command("export")
+def export_folder(
+    folder: Folder,
+    fields: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the format: quantize=int8, type=Q8_0", show_default=False)
+    ] = None,
+    to: Annotated[str, typer.Option("--to", help="openvino, onnx, executorch or gguf.")] = "openvino",
+    output: Annotated[Path | None, typer.Option("--output", help="Where it goes; FOLDER/FORMAT if absent.")] = None,
+    task: TaskOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that lies there.")] = False,
+    trust_metrics: TrustOption = False,
+) -> None:
+    """Take a model to where it is served; it is compared with PyTorch's answers, and timed beside them."""
+    _quiet_transformers()
+    from hfcompress.results.compare import compare as compare_models
+    from hfcompress.run.exporting import export_model, fields_of, format_of
+    from hfcompress.tasks.pretrained import open_model
+
+    chosen = format_of(to, fields_of(fields or []))
+    out = export_model(folder, chosen, output, task, overwrite)
+    if to != "gguf":
+        told = trusting(task_of(folder, task), trust_metrics)
+        told.open(folder)
+        models = open_model(folder, told, device="cpu"), open_model(out, told)
+        console.print(compare_models(*models, told, names=("PyTorch", to)).table())
+    console.print(f"exported to {out}; README.md there shows how to load it", markup=False)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from hfcompress.calibration.scores import SCORES
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.distillation.terms import TERMS
+from hfcompress.export import FORMATS
 from hfcompress.methods import METHODS
 from hfcompress.run.recipe import Goal, Recipe
 from hfcompress.run.train import Train
@@ -28,6 +29,7 @@ TOPICS: dict[str, dict[str, Any]] = {
     "steps": {Train.key(): Train, **METHODS},
     "tasks": dict(TASKS),
     "terms of distill": dict(TERMS),
+    "formats of export": dict(FORMATS),
     "scores of prune_heads and prune_neurons": dict(SCORES),
 }
 """A heading to the names under it, and the class or score that each is."""

@@ -25,6 +25,7 @@ from hfcompress.results.layer_plot import is_worth_it, plot_layers
 from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 from hfcompress.results.saved_files import missing_files
+from hfcompress.run.exporting import write_export
 from hfcompress.run.inputs import INPUTS, changed_inputs, check_no_adapter, fingerprints, local_inputs
 from hfcompress.run.low_memory import check_recipe, compressed
 from hfcompress.run.output_folder import (
@@ -44,6 +45,7 @@ from hfcompress.run.record import (
     controls,
     learns_from_original,
     record,
+    record_export,
     reference_model,
     wants_original,
 )
@@ -77,6 +79,8 @@ def compress(
         check_recipe(recipe)
     out, state = output_folder(output_dir), processes()
     check_place(out, local_inputs(recipe))
+    for chosen in recipe.export:
+        chosen.check_here()
     with reserved(out, state.is_main_process), room_on_disk(out):
         now = fingerprints(recipe)
         if not overwrite and (finished := _finished(out, recipe, now)) is not None:
@@ -284,6 +288,10 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
     shutil.rmtree(whole, ignore_errors=True)
     artifact.save(model, task.processor, whole)
     prove(model, task.example(2, min(32, task.example_length)), whole)
+    for chosen in recipe.export:
+        with explained(f"export to {chosen.key()}"):
+            write_export(str(whole), chosen, task, whole / chosen.key())
+        record_export(recipe, task, whole / chosen.key(), chosen, report, work)
     if (work / INPUTS).is_file():
         shutil.copyfile(work / INPUTS, whole / INPUTS)
     if find_spec("matplotlib"):

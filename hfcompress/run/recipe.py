@@ -11,10 +11,12 @@ import yaml
 from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean, shown
-from hfcompress.checkpoint.fields import Fields
+from hfcompress.checkpoint.fields import Fields, Named
+from hfcompress.export import FORMATS, Format
 from hfcompress.methods import METHODS, Method, Step
 from hfcompress.methods.riding import check_together
 from hfcompress.run.overrides import apply_override
+from hfcompress.run.reading import read_named, sentences, validated, words_only
 from hfcompress.run.safe_yaml import MOST_BYTES, read_yaml
 from hfcompress.run.train import Train
 from hfcompress.tasks import TASKS, Task
@@ -47,6 +49,9 @@ class Recipe(Fields):
     goal: Goal | None = Field(None, description="What the last row must reach, or nothing is pushed and the exit code is 3.")
     seed: int = Field(42, ge=0, description="Of data order and dropout, where a train step has no seed of its own.")
     output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
+    export: tuple[SerializeAsAny[InstanceOf[Format]], ...] = Field(
+        (), description="Formats that the result is exported to, measured and put beside it: openvino, onnx, executorch, gguf."
+    )
     push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")
     control: bool = Field(
         False,
@@ -92,10 +97,11 @@ class Recipe(Fields):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without what is at its default. `Recipe.from_dict(recipe.to_dict()) == recipe`."""
-        plain = self.model_dump(mode="json", exclude_defaults=True, exclude={"task", "steps"})
+        plain = self.model_dump(mode="json", exclude_defaults=True, exclude={"task", "steps", "export"})
         task = self.task.model_dump(mode="json", exclude_defaults=True)  # its name stays
-        head = {"model": plain.pop("model"), "task": task, "steps": [_step_to_plain(step) for step in self.steps]}
-        return {**head, **plain}
+        head = {"model": plain.pop("model"), "task": task, "steps": [_named_to_plain(step) for step in self.steps]}
+        exports = {"export": [_named_to_plain(one) for one in self.export]} if self.export else {}
+        return {**head, **plain, **exports}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -106,9 +112,9 @@ class Recipe(Fields):
         if not isinstance(raw, dict):
             raise CompressionError(f"{where}: a recipe is a mapping with model, task and steps, not {type(raw).__name__}.")
         mistakes: list[str] = []
-        raw = _words_only(raw, "recipe", cls, mistakes)
+        raw = words_only(raw, "recipe", cls, mistakes)
         if isinstance(raw.get("goal"), dict):
-            raw["goal"] = _words_only(raw["goal"], "goal", Goal, mistakes)
+            raw["goal"] = words_only(raw["goal"], "goal", Goal, mistakes)
         if isinstance(raw.get("steps"), list):
             raw["steps"] = tuple(
                 _read_step(step, f"steps.{number}", STEPS, mistakes) for number, step in enumerate(raw["steps"])
@@ -116,6 +122,9 @@ class Recipe(Fields):
             mistakes += _order_mistakes(raw["steps"])
             if raw.get("control") is True and not _has_control(raw["steps"]):
                 mistakes.append("control: no train step has a teacher to do without; add distill under with, or omit control.")
+        if raw.get("export") is not None:
+            listed = raw["export"] if isinstance(raw["export"], list | tuple) else [raw["export"]]
+            raw["export"] = tuple(read_named(one, f"export.{number}", FORMATS, mistakes) for number, one in enumerate(listed))
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
             mistakes += _label_mistakes(raw["task"], raw.get("steps"))
@@ -125,13 +134,15 @@ class Recipe(Fields):
             )
             raw["task"] = None
         raw = (
-            {key: value for key, value in raw.items() if key not in ("task", "steps") or _is_whole(value)} if mistakes else raw
+            {key: value for key, value in raw.items() if key not in ("task", "steps", "export") or _is_whole(value)}
+            if mistakes
+            else raw
         )
         try:
             recipe = cls(**raw)
         except ValidationError as error:
             told = {line.partition(":")[0].partition(".")[0] for line in mistakes}
-            mistakes += [m for m in _sentences(error, "", cls) if m.partition(":")[0] not in told]
+            mistakes += [m for m in sentences(error, "", cls) if m.partition(":")[0] not in told]
         if mistakes:
             more = [f"and {len(mistakes) - MOST_MISTAKES} more mistakes."] if len(mistakes) > MOST_MISTAKES else []
             raise CompressionError("\n".join(f"{where}: {mistake}" for mistake in mistakes[:MOST_MISTAKES] + more))
@@ -178,36 +189,23 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, Task) or (isinstance(value, tuple) and all(isinstance(step, Step) for step in value))
+    return isinstance(value, Task) or (isinstance(value, tuple) and all(isinstance(one, Named) for one in value))
 
 
 def _read_step(raw: Any, where: str, table: dict[str, Any], mistakes: list[str]) -> Step | None:
-    """`{prune_heads: {ratio: 0.3}}` or `cast` as its object; mistakes are noted, and None returned."""
-    if isinstance(raw, str):
-        raw = {raw: {}}
-    if not isinstance(raw, dict) or len(raw) != 1:
-        mistakes.append(
-            f"{where}: a step is one name with its fields, as in `- prune_heads: {{ratio: 0.3}}`, not {shown(raw)}."
+    """As `read_named`, and what rides along with training."""
+    key = next(iter(raw), None) if isinstance(raw, dict) and len(raw) == 1 else None
+    if key == Train.key() and key in table and isinstance(raw[key], dict) and "with" in raw[key]:
+        before, given = len(mistakes), raw[key]["with"]
+        riders = tuple(
+            _read_step(rider, f"{where}.{key}.with.{number}", METHODS, mistakes)
+            for number, rider in enumerate(given if isinstance(given, list) else [given])
         )
-        return None
-    ((key, fields),) = raw.items()
-    if key not in table:
-        mistakes.append(f"{where}: unknown method {shown(key)}.{did_you_mean(str(key), table)}")
-        return None
-    fields = {} if fields is None else fields
-    if not isinstance(fields, dict):
-        mistakes.append(f"{where}.{key}: its fields must be a mapping, as in {{ratio: 0.3}}, not {shown(fields)}.")
-        return None
-    fields, before = dict(fields), len(mistakes)
-    if key == Train.key() and "with" in fields:
-        riders = fields["with"] if isinstance(fields["with"], list) else [fields["with"]]
-        fields["with"] = tuple(
-            _read_step(rider, f"{where}.{key}.with.{number}", METHODS, mistakes) for number, rider in enumerate(riders)
-        )
-    if len(mistakes) > before:
-        fields.pop("with")
-    step = _validated(table[key], fields, f"{where}.{key}", mistakes)
-    return step if len(mistakes) == before else None
+        if len(mistakes) > before:  # the rest of it is looked at all the same
+            read_named({key: {name: value for name, value in raw[key].items() if name != "with"}}, where, table, mistakes)
+            return None
+        raw = {key: {**raw[key], "with": riders}}
+    return read_named(raw, where, table, mistakes)  # type: ignore[no-any-return]
 
 
 def _read_task(raw: dict[str, Any], mistakes: list[str]) -> Task | None:
@@ -215,51 +213,7 @@ def _read_task(raw: dict[str, Any], mistakes: list[str]) -> Task | None:
     if not isinstance(name, str) or name not in TASKS:
         mistakes.append(f"task: unknown task name {shown(name)}.{did_you_mean(str(name), TASKS)}")
         return None
-    return _validated(TASKS[name], {key: value for key, value in raw.items() if key != "name"}, "task", mistakes)
-
-
-def _words_only(raw: dict[Any, Any], where: str, cls: Any, mistakes: list[str]) -> dict[str, Any]:
-    """Without keys that are numbers, which are noted: fields have names."""
-    for key in (key for key in raw if not isinstance(key, str)):
-        mistakes.append(f"{where}: unknown key {shown(key)}.{did_you_mean(str(key), cls.model_fields)}")
-    return {key: value for key, value in raw.items() if isinstance(key, str)}
-
-
-def _validated(cls: Any, fields: dict[Any, Any], where: str, mistakes: list[str]) -> Any:
-    before = len(mistakes)
-    fields = _words_only(fields, where, cls, mistakes)
-    if len(mistakes) > before:
-        return None
-    try:
-        return cls.model_validate(fields)
-    except ValidationError as error:
-        mistakes += _sentences(error, where, cls)
-        return None
-
-
-def _sentences(error: ValidationError, where: str, cls: Any) -> list[str]:
-    """One sentence a mistake: where, what was written, what is possible."""
-    lines = []
-    for one in error.errors():
-        place = ".".join(part if len(part) <= 80 else shown(part) for part in map(str, (where, *one["loc"])) if part != "")
-        if one["type"] == "extra_forbidden":
-            owner = Goal if "goal" in one["loc"][:-1] else cls
-            possible = [field.alias or name for name, field in owner.model_fields.items()]
-            key, above = str(one["loc"][-1]), ".".join(map(str, (where, *one["loc"][:-1]))).strip(".")
-            lines.append(f"{above or 'recipe'}: unknown key {shown(key)}.{did_you_mean(key, possible)}")
-        elif one["type"] == "missing":
-            lines.append(f"{place}: this key is missing; {_help(cls, one['loc'])}")
-        else:
-            message = one["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ") or "this can't be"
-            message = message if len(message) <= 600 else f"{message[:400]}…{message[-100:]}"
-            given = "" if isinstance(one["input"], dict) else f" = {shown(one['input'])}"
-            lines.append(f"{place}{given}: {message[0].lower() + message[1:]}{'' if message[-1] in '.?' else '.'}")
-    return lines
-
-
-def _help(cls: Any, loc: tuple[Any, ...]) -> str:
-    field = cls.model_fields.get(str(loc[-1]))
-    return f"it is {field.description or 'required'}" if field else "add it."
+    return validated(TASKS[name], {key: value for key, value in raw.items() if key != "name"}, "task", mistakes)
 
 
 def _has_control(steps: tuple[Step | None, ...]) -> bool:
@@ -341,8 +295,8 @@ def _label_mistakes(task: Task | None, steps: Any) -> list[str]:
     return mistakes
 
 
-def _step_to_plain(step: Step) -> Any:
-    fields = step.model_dump(mode="json", exclude_defaults=True, exclude={"riders"})
-    if isinstance(step, Train) and step.riders:
-        fields["with"] = [_step_to_plain(rider) for rider in step.riders]
-    return {step.key(): fields} if fields else step.key()
+def _named_to_plain(one: Named) -> Any:
+    fields = one.model_dump(mode="json", exclude_defaults=True, exclude={"riders"})
+    if isinstance(one, Train) and one.riders:
+        fields["with"] = [_named_to_plain(rider) for rider in one.riders]
+    return {one.key(): fields} if fields else one.key()

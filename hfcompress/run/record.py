@@ -17,6 +17,9 @@ import torch
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint import artifact
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.export import Format
+from hfcompress.export.gguf import Gguf
+from hfcompress.export.served import Served
 from hfcompress.results.measure import has_codes, measure, settings_of
 from hfcompress.results.report import Report
 from hfcompress.results.timing import device_of, room_for
@@ -88,6 +91,21 @@ def record(
             if old.name not in (f"step-{number}", f"step-{recipe.reference}"):
                 shutil.rmtree(old)
     state.wait_for_everyone()
+
+
+def record_export(recipe: Recipe, task: Task, folder: Path, chosen: Format, report: Report, work: Path) -> None:
+    """Measure an export beside the reference in PyTorch, as another row; of formats that are no batch of logits, none."""
+    if isinstance(chosen, Gguf):
+        return
+    served, columns = Served(folder), {}  # type: Any, dict[str, Any]
+
+    def score(one: Any) -> dict[str, float]:
+        columns.update(task.predict(one))
+        return task.scored(columns)
+
+    reference = reference_model(recipe, task, work).to("cpu")
+    row = measure(served, task, f"export {chosen.key()}", score=score, beside=reference)
+    report.add(replace(row, gains=_gains(task, row.score, columns)))
 
 
 def _beside(recipe: Recipe, task: Task, model: Any, report: Report, work: Path) -> Any | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hfcompress.export import FORMATS
 from hfcompress.methods import METHODS
 from hfcompress.run.recipe import STEPS, Goal, Recipe
 from hfcompress.run.train import Train, training_fields
@@ -50,6 +51,7 @@ def schema() -> dict[str, Any]:
             "goal": plain,
             "seed": {"type": "integer", "minimum": 0, "default": 42},
             "output_dir": {"type": ["string", "null"]},
+            "export": {"description": Recipe.model_fields["export"].description, "type": "array", "items": one_of(FORMATS)},
             "push_to": {"type": ["string", "null"]},
             "control": {"type": "boolean", "default": False, "description": Recipe.model_fields["control"].description},
             "private": {"type": "boolean", "default": False},

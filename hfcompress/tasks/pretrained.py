@@ -23,14 +23,14 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
 from hfcompress.calibration.processes import processes
-from hfcompress.checkpoint.artifact import complete
+from hfcompress.checkpoint.artifact import complete, forget_quantization
 from hfcompress.checkpoint.errors import CompressionError, first_line
+from hfcompress.export.served import Served, is_export
 from hfcompress.layers.bnb_library import import_first
 from hfcompress.tasks.data import resolve_address
 
@@ -116,11 +116,14 @@ def open_model(
     `device`: by default the accelerator, this process's own of several, else the CPU. `dtype`: by default the checkpoint's;
     float32 for GGUF files, which are dequantised. `kwargs` go to `from_pretrained`; a `device_map` among them decides where
     the model lies, in place of `device`. `config`: its `load_config`, if it is known. `new_head`: weights may be missing from
-    the checkpoint, and `seed` decides what they are. Raises `CompressionError`.
+    the checkpoint, and `seed` decides what they are. The folder of an export opens as a `Served`. Raises `CompressionError`.
     """
     if hasattr(task, "load_model"):
         return task.load_model(str(path), device=device, dtype=dtype, **kwargs)
     where, gguf = locate(str(path))
+    if is_export(where):
+        with _explained(str(path), "export"):
+            return Served(where)
     config = config or load_config(str(path))
     kind = _class_for(config, str(path), task)
     asked: dict[str, Any] = {"dtype": dtype or (torch.float32 if gguf else "auto"), **gguf}
@@ -141,7 +144,7 @@ def open_model(
             f" (the first is {missing[0]}); choose a checkpoint trained for {_head_of(kind)}."
         )
     if gguf:
-        _forget_gguf(model)
+        forget_quantization(model)  # a dequantised model is a plain one: it can be saved and trained
     complete(model, where, getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
     is_placed = {**asked, **kwargs}.get("device_map") is not None
     if not is_placed and not any(parameter.is_meta for parameter in model.parameters()):
@@ -190,14 +193,6 @@ def _quiet_bar(is_gguf: bool) -> Iterator[None]:
     """transformers' bar over the tensors of a GGUF file has no switch, but looks for stderr when it begins."""
     with redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
         yield
-
-
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """A dequantised model is a plain one: it can be saved and trained."""
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if name in vars(owner):
-            delattr(owner, name)
-    vars(model)["is_quantized"] = False
 
 
 def positions(config: PreTrainedConfig) -> int:

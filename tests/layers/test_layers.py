@@ -18,6 +18,7 @@ from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
 from hfcompress.layers.quantized_conv import QuantConv
+from hfcompress.layers.stored import StoredEmbedding, StoredLinear
 
 INTO, OUT, ROWS = 64, 96, 50
 
@@ -134,6 +135,8 @@ def test_the_export_form_computes_the_same_with_plain_operators(kind: str, make:
         nn.Sequential,
         Conv1D,
         nn.Conv1d,
+        StoredLinear,
+        StoredEmbedding,
     }
     assert plain(x).dtype == expected.dtype == dtype
     computes = getattr(layer, "compute_dtype", None)

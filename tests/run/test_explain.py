@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from hfcompress import CompressionError
 from hfcompress.calibration.scores import SCORES
 from hfcompress.distillation.terms import TERMS
+from hfcompress.export import FORMATS
 from hfcompress.methods import METHODS
 from hfcompress.run.cli import app
 from hfcompress.run.explain import TOPICS, claim, explain, fields, overview, reference
@@ -21,7 +22,7 @@ EVERYTHING = {key: what for some in TOPICS.values() for key, what in some.items(
 
 def test_no_two_things_share_a_name() -> None:
     assert len(EVERYTHING) == sum(map(len, TOPICS.values()))
-    assert {*METHODS, *TASKS, *TERMS, *SCORES, "train", "recipe", "goal"} == set(EVERYTHING)
+    assert {*METHODS, *TASKS, *TERMS, *SCORES, *FORMATS, "train", "recipe", "goal"} == set(EVERYTHING)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)

@@ -1,0 +1,167 @@
+"""An exported folder as a model: `served(**batch).logits` as PyTorch's, computed by its runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+
+from hfcompress.checkpoint.errors import CompressionError, first_line, shown
+from hfcompress.export.graphs import DECODER, ENCODER, MODEL
+from hfcompress.export.traced import quiet_exporters
+
+TOLD = "exported.json"
+"""What hfcompress knows of an export: its format and fields, and what the model weighs."""
+
+WEIGHTS = (".bin", ".data", ".onnx", ".pte")
+
+
+def is_export(folder: str | Path) -> bool:
+    """Whether a folder holds an export of ours."""
+    return (Path(folder) / TOLD).is_file()
+
+
+def told_of(folder: str | Path) -> dict[str, Any]:
+    """What `exported.json` holds; CompressionError where it is damaged."""
+    path = Path(folder) / TOLD
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return {**told, "to": str(told["to"]), "parameters": int(told["parameters"]), "nonzero": int(told["nonzero"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompressionError(
+            f"{shown(str(path), 200)}: it is damaged ({first_line(error)}); export the model again."
+        ) from error
+
+
+class Served(nn.Module):
+    """The graphs of a folder, opened by their runtime on the CPU, on as many threads as PyTorch has.
+
+    Inputs are copied: OpenVINO 2026.4 reads shared ones after they are gone, and aborts when shapes change (seen with T5).
+    It has neither parameters nor gradients. `weight_count`: what `measure.weigh` would count of the model it was made of, the
+    bytes being those of the files that hold its weights.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers.exporters import ExportedModel
+
+        super().__init__()
+        told = told_of(folder)
+        with quiet_exporters():
+            self.exported: Any = ExportedModel.from_pretrained(Path(folder), device="cpu", **_threads(told["to"]))
+        self.format: str = told["to"]
+        self.config: Any = self.exported.config
+        self.generation_config: Any = self.exported.generation_config
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.weight_count = {name: told[name] for name in ("parameters", "nonzero")} | {"bytes": weight_bytes(Path(folder))}
+        self.eval()
+
+    def forward(self, **batch: Tensor) -> Any:
+        """What the model says of a whole batch; of a causal model, `logits` of every token."""
+        if DECODER in self.exported.components:
+            return self._decode(batch["decoder_input_ids"], self._encode(batch), batch.get("attention_mask"))
+        if not self._is_causal:
+            return self.exported(share_inputs=False, **batch)
+        return self._step(batch["input_ids"], batch.get("attention_mask"), self._no_past(len(batch["input_ids"])))
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, max_new_tokens: int = 20, **batch: Tensor) -> Tensor:
+        """The likeliest token each time, as `generate(do_sample=False)` of the model; (batch, tokens). Texts that have ended go
+        on with the pad token."""
+        batch = batch if input_ids is None else {"input_ids": input_ids, **batch}
+        ended = _ends(self.generation_config)
+        pad = next((one for one in (self.generation_config.pad_token_id, *ended) if one is not None), 0)
+        if self._is_causal:
+            ids = batch["input_ids"]
+            mask = batch.get("attention_mask", torch.ones_like(ids))
+            cache = self._no_past(len(ids))
+            fresh = ids
+        else:
+            hidden = self._encode(batch)
+            start = self.generation_config.decoder_start_token_id
+            ids = torch.full((len(hidden), 1), self.config.decoder_start_token_id if start is None else start)
+        done = torch.zeros(len(ids), dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            if self._is_causal:
+                said = self._step(fresh, mask, cache, counted=True)
+                cache = said.past_key_values
+            else:
+                said = self._decode(ids, hidden, batch.get("attention_mask"))
+            best = said.logits[:, -1].argmax(-1)
+            fresh = torch.where(done, pad, best)[:, None]
+            ids = torch.cat([ids, fresh], 1)
+            if self._is_causal:
+                mask = torch.cat([mask, torch.ones_like(fresh)], 1)
+            done |= torch.isin(fresh[:, 0], torch.tensor(ended, dtype=torch.long))
+            if bool(done.all()):
+                break
+        return ids
+
+    @property
+    def _is_causal(self) -> bool:
+        return self.generation_config is not None and DECODER not in self.exported.components
+
+    def _encode(self, batch: dict[str, Tensor]) -> Tensor:
+        runner = self.exported.runners[ENCODER]
+        given = {name: batch[name] for name in runner.metadata.kwargs if name in batch}
+        return runner(share_inputs=False, **given)[0]  # type: ignore[no-any-return]
+
+    def _decode(self, ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Any:
+        runner = self.exported.runners[DECODER]
+        given = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "decoder_input_ids": ids}
+        return runner(share_inputs=False, **given, **({} if mask is None else {"attention_mask": mask}))
+
+    def _no_past(self, size: int) -> Any:
+        """The cache before the first token of so many texts. Heads may be cut unevenly: the graph tells each layer's."""
+        runner = self.exported.runners[MODEL]
+        if self.format == "openvino":  # which keeps the cache itself
+            runner.request.reset_state()
+            return None
+        cache = DynamicCache()
+        shapes = [one.shape for one in runner.session.get_inputs() if "past_key_values" in one.name]
+        for layer, (_, heads, _, width) in enumerate(shapes[::2]):
+            cache.update(torch.empty(size, heads, 0, width), torch.empty(size, heads, 0, width), layer)
+        return cache
+
+    def _step(self, ids: Tensor, mask: Tensor | None, cache: Any, counted: bool = False) -> Any:
+        """Read these tokens after those of the cache; `mask` is (batch, past + new). `counted`: positions count no pads, as in
+        `generate` and unlike in a forward."""
+        runner = self.exported.runners[MODEL]
+        mask = torch.ones_like(ids) if mask is None else mask
+        places = (mask if counted else torch.ones_like(mask)).long().cumsum(-1) - 1
+        positions = places.clamp_min(0)[:, mask.shape[1] - ids.shape[1] :]
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        given = {name: value for name, value in given.items() if name in runner.metadata.kwargs}
+        if self.format != "openvino":
+            return runner(**given, past_key_values=cache)
+        feed = {name: value.numpy() for name, value in given.items()}
+        if any("beam_idx" in port.names for port in runner.compiled_model.inputs):
+            feed["beam_idx"] = torch.arange(len(ids), dtype=torch.int32).numpy()
+        logits = runner.request.infer(feed)["logits"]
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits.copy()))
+
+
+def weight_bytes(folder: Path) -> int:
+    """The bytes of the files that hold the weights of an export; graphs in a file of their own are left out."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
+
+
+def _threads(to: str) -> dict[str, Any]:
+    if to == "openvino":
+        return {"config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}}
+    if to == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return {"session_options": options}
+    return {}
+
+
+def _ends(generation: Any) -> list[int]:
+    ends = generation.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]

@@ -1,0 +1,203 @@
+"""Formats whose graphs transformers' own exporters trace: how they are traced, quantised and written."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from transformers.utils import logging as transformers_logging
+
+from hfcompress.checkpoint.errors import CompressionError, first_line
+from hfcompress.export.base import Format, Source
+from hfcompress.export.graphs import DECODER, MODEL, Graph, graphs_of, writes
+from hfcompress.export.plain import plain
+from hfcompress.layers.kernels import steps
+
+
+class Traced(Format):
+    """A format that transformers' exporters write: graphs and what is known of them, in one folder."""
+
+    quantize: Literal["int8"] | None = Field(
+        None, description="int8: products in integers, weights and activations, chosen on samples of the training data."
+    )
+    samples: PositiveInt = Field(128, description="Training examples to choose int8 on.")
+
+    program: ClassVar[str]
+    """How the file of a graph is called, as a format of its name."""
+
+    def exporter(self) -> Any:
+        raise NotImplementedError
+
+    def config(self, **how: Any) -> Any:
+        """The exporter's own config."""
+        raise NotImplementedError
+
+    def quantizer(self, samples: list[dict[str, Any]]) -> Any:
+        """transformers' quantiser for int8, on these inputs."""
+        raise NotImplementedError
+
+    def write(self, source: Source, folder: Path) -> dict[str, Any]:
+        from transformers.exporters import ExportedModel
+
+        model = plain(source.model, keep_codes=self.quantize is None)
+        if self.quantize and (writes(model) or model.config.is_encoder_decoder):
+            raise CompressionError(
+                f"export to {self.key()}: quantize: int8 is for models that answer at once, not for those that write; leave it "
+                f"out, and give the model codes before: quantize: {{bits: 8, engine: hfcompress}}."
+            )
+        components: dict[str, Any] = {}
+        with quiet_exporters(), torch.no_grad():
+            exporter = self.exporter()
+            for name, graph in graphs_of(source).items():
+                how = self._how(graph) | ({"quantizer": self.quantizer(self._samples(source))} if self.quantize else {})
+                try:
+                    traced = exporter.export(graph.module, graph.inputs, config=self.config(**how))
+                except Exception as error:  # of torch.export, the converters and the quantisers, which have one each
+                    raise CompressionError(
+                        f"export to {self.key()}: {type(model).__name__} can't be traced ({type(error).__name__}: "
+                        f"{first_line(error)}); other formats may take it, and transformers' exporters are where it failed."
+                    ) from error
+                components[name] = traced.components["model"]
+            generation = model.generation_config if writes(model) or DECODER in components else None
+            ExportedModel(components, exporter.export_format, model.config, generation).save_pretrained(folder)
+        return {"graphs": list(components)}
+
+    def _how(self, graph: Graph) -> dict[str, Any]:
+        return {"dynamic": True} if graph.axes is None else {"dynamic_shapes": graph.axes}
+
+    def _samples(self, source: Source) -> list[dict[str, Any]]:
+        """Single examples: those of a batch are padded to the longest, and pads would widen what is seen."""
+        return [dict(batch) for batch in source.samples(self.samples)]
+
+    def file(self, graph: str) -> str:
+        return self.program.format(graph)
+
+
+class Openvino(Traced):
+    """OpenVINO's intermediate representation: fast on CPUs, Intel's GPUs and NPUs.
+
+    Needs: openvino; nncf for quantize. Buys: fused graphs, bfloat16 where the processor multiplies it, codes that stay codes.
+    Costs: a folder that runs in OpenVINO alone, and can be trained no more.
+    """
+
+    packages: ClassVar[dict[str, str]] = {"openvino": "openvino"}
+    program: ClassVar[str] = "openvino_{}.xml"
+
+    def check_here(self) -> None:
+        super().check_here()
+        if self.quantize:
+            self.require({"nncf": "nncf"})
+
+    def exporter(self) -> Any:
+        from transformers.exporters import OpenVINOExporter
+
+        return OpenVINOExporter()
+
+    def config(self, **how: Any) -> Any:
+        from transformers.exporters import OpenVINOConfig
+
+        return OpenVINOConfig(**how)
+
+    def quantizer(self, samples: list[dict[str, Any]]) -> Any:
+        from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
+
+        return NNCFOpenVINOQuantizer(NNCFQuantizationConfig(subset_size=len(samples)), samples)
+
+    def snippet(self, name: str) -> str:
+        lines = ["import openvino", "", f'model = openvino.Core().compile_model("{name}/{self.file(MODEL)}", "CPU")']
+        return "\n".join([*lines, 'logits = model(dict(inputs))["logits"]'])
+
+
+class Onnx(Traced):
+    """ONNX, as ONNX Runtime reads it: servers, browsers, phones.
+
+    Needs: onnx, onnxscript, onnxruntime. Buys: a graph for a dozen runtimes; codes of rows stay codes in the file.
+    Costs: ONNX Runtime unpacks them when it opens the file; quantize: int8 rounds what is multiplied as it comes, on processors
+    without VNNI to 7 bits, where 8 would overflow.
+    """
+
+    packages: ClassVar[dict[str, str]] = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
+    program: ClassVar[str] = "{}.onnx"
+
+    def exporter(self) -> Any:
+        from transformers.exporters import OnnxExporter
+
+        return OnnxExporter()
+
+    def config(self, **how: Any) -> Any:
+        from transformers.exporters import OnnxConfig
+
+        return OnnxConfig(**how)
+
+    def quantizer(self, samples: list[dict[str, Any]]) -> Any:
+        from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+        how = OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=steps() < 127, op_types_to_quantize=["MatMul", "Gemm"])
+        return OnnxRuntimeQuantizer(how)
+
+    def snippet(self, name: str) -> str:
+        lines = ["import onnxruntime", "", f'model = onnxruntime.InferenceSession("{name}/{self.file(MODEL)}")']
+        return "\n".join([*lines, 'logits = model.run(["logits"], dict(inputs))[0]'])
+
+
+class Executorch(Traced):
+    """ExecuTorch's programs, for phones and other devices, by XNNPACK.
+
+    Needs: executorch. Buys: PyTorch's own runtime of a few megabytes. Costs: codes are worked out at each forward.
+    """
+
+    quantize: None = Field(None, description="Not offered here.")
+
+    packages: ClassVar[dict[str, str]] = {"executorch": "executorch"}
+    program: ClassVar[str] = "{}.pte"
+
+    def exporter(self) -> Any:
+        from transformers.exporters import ExecutorchExporter
+
+        return ExecutorchExporter()
+
+    def config(self, **how: Any) -> Any:
+        from transformers.exporters import ExecutorchConfig
+
+        return ExecutorchConfig(**how)
+
+    def snippet(self, name: str) -> str:
+        lines = ["from executorch.runtime import Runtime", ""]
+        lines += [f'program = Runtime.get().load_program("{name}/{self.file(MODEL)}")']
+        return "\n".join([*lines, 'logits = program.load_method("forward").execute(list(inputs.values()))[0]'])
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Without what converters say of themselves, in warnings, logs and on stdout; as before afterwards."""
+    names = (
+        "torch.onnx",
+        "torch.export",
+        "nncf",
+        "openvino",
+        "onnxscript",
+        "onnx_ir",
+        "torch.fx",
+        "torch._dynamo",
+        "torch._export",
+    )
+    loggers = [logging.getLogger(name) for name in names]
+    levels, verbosity = [one.level for one in loggers], transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    for one in loggers:
+        one.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)

@@ -1,0 +1,125 @@
+"""OpenVINO and ONNX: what PyTorch says, at every size, of models cut, factored and coded; text goes on with the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hfcompress import CompressionError, PruneHeads, Quantize
+from hfcompress.export import FORMATS
+from hfcompress.export.agreement import ALLOWED, agreement
+from hfcompress.export.plain import plain
+from hfcompress.export.served import Served, weight_bytes
+from hfcompress.export.traced import Openvino
+from hfcompress.layers.stored import StoredEmbedding, StoredLinear
+from tests.export.models import source_of
+from tests.methods.test_laws import FewBatches, stacked
+from tests.tiny import DECODERS, ENCODERS, tiny_model
+
+TOLD = '{"to": "%s", "parameters": 1, "nonzero": 1}'
+CODES = {"bits": 8, "engine": "hfcompress", "embeddings": 8}
+
+
+def compressed(kind: str, how: str) -> Any:
+    model = tiny_model(kind)
+    if kind in (*ENCODERS, *DECODERS):
+        stacked(model, kind)
+    elif kind == "vit":
+        PruneHeads(0.5, scores="l1").run(model, None)
+    if how == "codes":
+        Quantize(**(CODES if kind != "vit" else {**CODES, "embeddings": None, "convolutions": 8})).run(model, None)
+    return model.eval()
+
+
+def served(model: Any, to: str, folder: Path, **fields: Any) -> tuple[Any, Served]:
+    source = source_of(model)
+    FORMATS[to](**fields).write(source, folder)
+    (folder / "exported.json").write_text(TOLD % to)
+    return source, Served(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("bert", "dense"),
+        ("bert", "codes"),
+        ("distilbert", "codes"),
+        ("llama", "codes"),
+        ("gpt2", "dense"),
+        ("t5", "codes"),
+        ("vit", "codes"),
+    ],
+)
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_an_export_says_what_pytorch_says(to: str, kind: str, how: str, tmp_path: Path) -> None:
+    source, found = served(compressed(kind, how), to, tmp_path)
+    told = agreement(source, found)  # batches of 1 to 9, texts of 5 to 60 tokens
+    assert told["off"] <= ALLOWED
+    if source.model.can_generate():
+        assert told["same_tokens"] == 1.0
+
+
+def test_codes_stay_codes_in_the_file(tmp_path: Path) -> None:
+    _, dense = served(compressed("bert", "dense"), "openvino", tmp_path / "dense")
+    _, coded = served(compressed("bert", "codes"), "openvino", tmp_path / "codes")
+    assert coded.weight_count["bytes"] < 0.4 * dense.weight_count["bytes"]
+    assert weight_bytes(tmp_path / "codes") == coded.weight_count["bytes"]
+
+
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_int8_is_near(to: str, tmp_path: Path) -> None:
+    source, found = served(compressed("bert", "codes"), to, tmp_path, quantize="int8", samples=8)
+    told = agreement(source, found, is_exact=False)
+    assert 1e-5 < told["off"] < 0.5, "it rounds, and a random model feels that"
+    batch = dict(source.example(64, 12))
+    same = found(**batch).logits.argmax(-1) == source.model(**batch).logits.argmax(-1)
+    assert same.float().mean() > 0.9
+
+
+def test_int8_of_a_model_that_writes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompressionError, match="quantize: int8 is for models that answer at once, not for those that write"):
+        Openvino(quantize="int8").write(source_of(tiny_model("llama")), tmp_path)
+
+
+def test_the_check_notices_what_differs(tmp_path: Path) -> None:
+    source, found = served(tiny_model("bert"), "openvino", tmp_path)
+    with torch.no_grad():
+        source.model.classifier.bias += 0.1
+    with pytest.raises(CompressionError, match="the graph computes other logits than PyTorch"):
+        agreement(source, found)
+
+
+@pytest.mark.parametrize("keep_codes", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("engine", ["hfcompress", "bitsandbytes"])
+def test_the_plain_form_computes_the_same(engine: str, bits: int, keep_codes: bool) -> None:
+    model = tiny_model("bert")
+    Quantize(bits, engine=engine).run(model, None)
+    batch = FewBatches("bert").batch(seed=7)
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        flat = plain(model, keep_codes)
+        torch.testing.assert_close(flat(**batch).logits, expected, atol=0.05, rtol=0.05)
+    stored = [one for one in flat.modules() if isinstance(one, StoredLinear | StoredEmbedding)]
+    assert bool(stored) == (keep_codes and not (engine == "bitsandbytes" and bits == 4))
+    assert getattr(flat.config, "quantization_config", None) is None and flat.dtype == torch.float32
+
+
+def test_a_table_in_two_places_stays_one() -> None:
+    model = tiny_model("t5")
+    Quantize(**CODES).run(model, None)
+    plain(model)
+    assert model.shared is model.encoder.embed_tokens or torch.equal(model.shared.codes, model.encoder.embed_tokens.codes)
+
+
+def test_an_adapter_beside_the_model_is_refused() -> None:
+    model = tiny_model("bert")
+    model._hf_peft_config_loaded = True
+    with pytest.raises(
+        CompressionError, match="an adapter lies beside the model, and an export holds one model; set merge: true"
+    ):
+        plain(model)
