@@ -18,7 +18,7 @@ from hfcompress.export.traced import quiet_exporters
 TOLD = "exported.json"
 """What hfcompress knows of an export: its format and fields, and what the model weighs."""
 
-WEIGHTS = (".bin", ".data", ".onnx", ".pte")
+WEIGHTS = (".bin", ".data", ".onnx", ".pte", ".gguf")
 
 
 def is_export(folder: str | Path) -> bool:
@@ -65,7 +65,7 @@ class Served(nn.Module):
         if DECODER in self.exported.components:
             return self._decode(batch["decoder_input_ids"], self._encode(batch), batch.get("attention_mask"))
         if not self._is_causal:
-            return self.exported(share_inputs=False, **batch)
+            return self.exported(share_inputs=False, **self._taken(batch))
         return self._step(batch["input_ids"], batch.get("attention_mask"), self._no_past(len(batch["input_ids"])))
 
     @torch.no_grad()
@@ -100,6 +100,16 @@ class Served(nn.Module):
             if bool(done.all()):
                 break
         return ids
+
+    def _taken(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the graph takes; CompressionError where it would leave out something that says anything."""
+        takes = self.exported.runners[MODEL].metadata.kwargs
+        if unread := [name for name, value in batch.items() if name not in takes and bool(value.any())]:
+            raise CompressionError(
+                f"export: the graph was traced without {', '.join(unread)}, which these inputs hold; it takes {', '.join(takes)}. "
+                f"Export the model again with a --task whose texts have them."
+            )
+        return {name: value for name, value in batch.items() if name in takes}
 
     @property
     def _is_causal(self) -> bool:

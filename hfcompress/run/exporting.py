@@ -133,11 +133,17 @@ def _source(folder: str, chosen: Format, task: Any) -> Source:
     task = task.model_copy().open(folder)  # whoever lent it goes on with what it has read
     model = open_model(folder, task, device="cpu")
 
-    def example(size: int, length: int | None) -> Any:
-        return task.example(size, length)
-
     def samples(count: int) -> Any:
         for batch in task.batches(model, count, batch_size=1):
             yield {name: value for name, value in batch.items() if name != "labels"}
 
-    return Source(model, task.processor, example, samples, has_length="input_ids" in task.example(1))
+    real = next(samples(1))
+
+    def example(size: int, length: int | None) -> Any:
+        batch = task.example(size, length)
+        for name in real.keys() - batch.keys():  # segments of pairs, which an example for timing has none of
+            batch[name] = real[name].repeat(size, -(-batch["input_ids"].shape[1] // real[name].shape[1]))
+            batch[name] = batch[name][:, : batch["input_ids"].shape[1]]
+        return batch
+
+    return Source(model, task.processor, example, samples, has_length="input_ids" in real)

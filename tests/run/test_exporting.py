@@ -25,6 +25,7 @@ from hfcompress.tasks.pretrained import open_model
 from tests.export.models import byte_tokenizer
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_texts
 
+PAIRS = ("cat", "dog", "bank", "goal", "team", "tax")
 STEPS = [
     {"prune_heads": {"ratio": 0.5, "scores": "l1"}},
     {"quantize": {"bits": 8, "engine": "hfcompress", "embeddings": 8}},
@@ -93,6 +94,29 @@ def test_the_command_line_takes_and_gives_exports(made: Path, tmp_path: Path) ->
     again = CliRunner().invoke(app, ["export", str(made), "--to", "onnx", "--output", str(out)])
     assert again.exit_code == 1 and "pass --overwrite to replace it, or choose another --output" in str(again.exception)
     assert CliRunner().invoke(app, ["export", str(made), "--to", "onnx", "--output", str(out), "--overwrite"]).exit_code == 0
+
+
+def test_segments_of_pairs_are_read(place: Path, tmp_path: Path) -> None:
+    rows = [{"one": f"the {a}", "two": f"a {b} of the {b}", "label": "same" if a == b else "other"} for a in PAIRS for b in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {"name": "text-classification", "dataset": str(tmp_path / "pairs.jsonl"), "text_column": "one", "text_pair_column": "two"}
+    tiny_checkpoint(tmp_path / "bert", "bert", num_labels=2)
+    out = export_model(tmp_path / "bert", "onnx", task=task)
+    served, model = open_model(out), open_model(tmp_path / "bert")
+    batch = Recipe.from_dict({"model": "x", "task": task, "steps": ["cast"]}).task.open(str(tmp_path / "bert")).processor("the cat", "a dog", return_tensors="pt")
+    assert batch["token_type_ids"].any()
+    with torch.no_grad():
+        expected, blind = model(**batch).logits, model(**{**batch, "token_type_ids": 0 * batch["token_type_ids"]}).logits
+    assert not torch.allclose(blind, expected, atol=1e-3)
+    torch.testing.assert_close(served(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_inputs_that_a_graph_never_saw_are_refused(made: Path) -> None:
+    served = Served(made / "openvino")
+    ids = torch.tensor([[2, 5, 6, 3]])
+    assert served(input_ids=ids, attention_mask=torch.ones_like(ids), surprise=torch.zeros(1)).logits.shape == (1, 3)
+    with pytest.raises(CompressionError, match="the graph was traced without surprise, which these inputs hold; it takes input_ids"):
+        served(input_ids=ids, attention_mask=torch.ones_like(ids), surprise=torch.ones(1))
 
 
 def test_a_gguf_needs_no_task(tmp_path: Path) -> None:
