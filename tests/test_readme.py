@@ -147,6 +147,26 @@ def test_the_table_and_the_picture_are_those_of_a_committed_report() -> None:
     assert "quickstart" in shipped_recipes()
 
 
+def test_what_is_said_of_exports_was_measured() -> None:
+    told, said = json.loads((ROOT / "docs" / "export.json").read_text()), " ".join(README.split())
+    rows, speeds = told["encoder"]["rows"], told["language"]["rows"]
+    ours, int8 = (rows[f"quickstart, {name}"] for name in ("OpenVINO", "ONNX Runtime, int8"))
+    times = ["{:.1f} to {:.1f} times".format(*one["ms"]["b8"]["faster"]) for one in (ours, int8)]
+    assert f"is {times[0]} as fast in OpenVINO" in said and f"{times[1]} in ONNX Runtime with int8" in said
+    assert f"in {ours['megabytes']:.1f} MB" in said and ours["agreement_with_pytorch"] == 1.0
+    others = [
+        row["ms"]["b8"]["faster"][1]
+        for name, row in rows.items()
+        if name.startswith("fine-tuned") and "faster" in row["ms"]["b8"]
+    ]
+    assert f"at most {max(others):.1f} times as fast" in said
+    cut, whole = (
+        speeds[f"{name}, Q4_1"]["tokens_a_second"]["best"] for name in ("without a quarter of its neurons", "as it came")
+    )
+    assert f"{cut:.0f} tokens a second in Q4_1 where the whole model writes {whole:.0f}" in said
+    assert speeds["without a quarter of its neurons, F32"]["same_tokens"] == "24 of 24"
+
+
 def test_what_is_said_of_pruning_was_measured() -> None:
     cells = json.loads((ROOT / "docs" / "pruning.json").read_text())["cells"]
     names = ("smol/whole", "smol/obs/True/32", "smol/random/False/32")

@@ -60,6 +60,11 @@ def _with_cache(model: Any, example: dict[str, Any]) -> Graph:
     return Graph(module, inputs, {name: _varying(get_auto_dynamic_shapes(value)) for name, value in traced.items()})
 
 
+def cached_layers(inputs: dict[str, Any]) -> list[Any]:
+    """The layers of the cache among a graph's inputs: `keys` and `values` of each, (batch, heads, length, width)."""
+    return list(getattr(inputs.get("past_key_values"), "layers", []))
+
+
 def _varying(axes: Any) -> Any:
     """Of every tensor the batch and the length: of keys and values, (batch, heads, length, width), axes 0 and 2."""
     if isinstance(axes, list | tuple):

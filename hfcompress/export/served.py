@@ -54,6 +54,7 @@ class Served(nn.Module):
         with quiet_exporters():
             self.exported: Any = ExportedModel.from_pretrained(Path(folder), device="cpu", **_threads(told["to"]))
         self.format: str = told["to"]
+        self.caches: list[list[int]] = told.get("caches") or []
         self.config: Any = self.exported.config
         self.generation_config: Any = self.exported.generation_config
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -106,8 +107,8 @@ class Served(nn.Module):
         takes = self.exported.runners[MODEL].metadata.kwargs
         if unread := [name for name, value in batch.items() if name not in takes and bool(value.any())]:
             raise CompressionError(
-                f"export: the graph was traced without {', '.join(unread)}, which these inputs hold; it takes {', '.join(takes)}. "
-                f"Export the model again with a --task whose texts have them."
+                f"export: the graph was traced without {', '.join(unread)}, which these inputs hold; it takes "
+                f"{', '.join(takes)}; export the model again with a --task whose texts have them."
             )
         return {name: value for name, value in batch.items() if name in takes}
 
@@ -126,15 +127,13 @@ class Served(nn.Module):
         return runner(share_inputs=False, **given, **({} if mask is None else {"attention_mask": mask}))
 
     def _no_past(self, size: int) -> Any:
-        """The cache before the first token of so many texts. Heads may be cut unevenly: the graph tells each layer's."""
-        runner = self.exported.runners[MODEL]
+        """The cache before the first token of so many texts; each layer has heads of its own, as they may be cut unevenly."""
         if self.format == "openvino":  # which keeps the cache itself
-            runner.request.reset_state()
+            self.exported.runners[MODEL].request.reset_state()
             return None
         cache = DynamicCache()
-        shapes = [one.shape for one in runner.session.get_inputs() if "past_key_values" in one.name]
-        for layer, (_, heads, _, width) in enumerate(shapes[::2]):
-            cache.update(torch.empty(size, heads, 0, width), torch.empty(size, heads, 0, width), layer)
+        for layer, (heads, width, out) in enumerate(self.caches):
+            cache.update(torch.empty(size, heads, 0, width), torch.empty(size, heads, 0, out), layer)
         return cache
 
     def _step(self, ids: Tensor, mask: Tensor | None, cache: Any, counted: bool = False) -> Any:

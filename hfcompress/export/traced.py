@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export.base import Format, Source
-from hfcompress.export.graphs import DECODER, MODEL, Graph, graphs_of, writes
+from hfcompress.export.graphs import DECODER, MODEL, Graph, cached_layers, graphs_of, writes
 from hfcompress.export.plain import plain
 from hfcompress.layers.kernels import steps
 
@@ -53,6 +53,7 @@ class Traced(Format):
                 f"out, and give the model codes before: quantize: {{bits: 8, engine: hfcompress}}."
             )
         components: dict[str, Any] = {}
+        caches: list[list[int]] = []
         with quiet_exporters(), torch.no_grad():
             exporter = self.exporter()
             for name, graph in graphs_of(source).items():
@@ -65,9 +66,10 @@ class Traced(Format):
                         f"{first_line(error)}); other formats may take it, and transformers' exporters are where it failed."
                     ) from error
                 components[name] = traced.components["model"]
+                caches = [[*one.keys.shape[1::2], one.values.shape[3]] for one in cached_layers(graph.inputs)]
             generation = model.generation_config if writes(model) or DECODER in components else None
             ExportedModel(components, exporter.export_format, model.config, generation).save_pretrained(folder)
-        return {"graphs": list(components)}
+        return {"graphs": list(components), **({"caches": caches} if caches else {})}
 
     def _how(self, graph: Graph) -> dict[str, Any]:
         return {"dynamic": True} if graph.axes is None else {"dynamic_shapes": graph.axes}
@@ -150,13 +152,22 @@ class Onnx(Traced):
 class Executorch(Traced):
     """ExecuTorch's programs, for phones and other devices, by XNNPACK.
 
-    Needs: executorch. Buys: PyTorch's own runtime of a few megabytes. Costs: codes are worked out at each forward.
+    Needs: executorch; a model that is no causal language model. Buys: PyTorch's own runtime of a few megabytes.
+    Costs: codes are worked out at each forward.
     """
 
     quantize: None = Field(None, description="Not offered here.")
 
     packages: ClassVar[dict[str, str]] = {"executorch": "executorch"}
     program: ClassVar[str] = "{}.pte"
+
+    def write(self, source: Source, folder: Path) -> dict[str, Any]:
+        if writes(source.model):
+            raise CompressionError(
+                f"export to executorch: {type(source.model).__name__} goes on with a cache, and a program can't begin with an "
+                f"empty one; export it to gguf, onnx or openvino."
+            )
+        return super().write(source, folder)
 
     def exporter(self) -> Any:
         from transformers.exporters import ExecutorchExporter

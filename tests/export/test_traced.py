@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from hfcompress.export import FORMATS
 from hfcompress.export.agreement import ALLOWED, agreement
 from hfcompress.export.plain import plain
 from hfcompress.export.served import Served, weight_bytes
-from hfcompress.export.traced import Openvino
+from hfcompress.export.traced import Executorch, Openvino
 from hfcompress.layers.stored import StoredEmbedding, StoredLinear
 from tests.export.models import source_of
 from tests.methods.test_laws import FewBatches, stacked
 from tests.tiny import DECODERS, ENCODERS, tiny_model
 
-TOLD = '{"to": "%s", "parameters": 1, "nonzero": 1}'
 CODES = {"bits": 8, "engine": "hfcompress", "embeddings": 8}
 
 
@@ -36,8 +36,8 @@ def compressed(kind: str, how: str) -> Any:
 
 def served(model: Any, to: str, folder: Path, **fields: Any) -> tuple[Any, Served]:
     source = source_of(model)
-    FORMATS[to](**fields).write(source, folder)
-    (folder / "exported.json").write_text(TOLD % to)
+    told = FORMATS[to](**fields).write(source, folder)
+    (folder / "exported.json").write_text(json.dumps({"to": to, "parameters": 1, "nonzero": 1, **told}))
     return source, Served(folder)
 
 
@@ -82,6 +82,24 @@ def test_int8_is_near(to: str, tmp_path: Path) -> None:
 def test_int8_of_a_model_that_writes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressionError, match="quantize: int8 is for models that answer at once, not for those that write"):
         Openvino(quantize="int8").write(source_of(tiny_model("llama")), tmp_path)
+
+
+def test_executorch_says_what_pytorch_says(tmp_path: Path) -> None:
+    pytest.importorskip(
+        "executorch", reason="executorch is not installed: it brings many packages, and is no part of `make test`"
+    )
+    for number, (kind, how) in enumerate([("bert", "codes"), ("vit", "dense"), ("t5", "dense")]):
+        told = agreement(*served(compressed(kind, how), "executorch", tmp_path / str(number)))
+        assert told["off"] <= ALLOWED and told.get("same_tokens", 1.0) == 1.0
+
+
+def test_executorch_refuses_what_goes_on_with_a_cache(tmp_path: Path) -> None:
+    with pytest.raises(CompressionError) as told:
+        Executorch().write(source_of(tiny_model("llama")), tmp_path)
+    assert str(told.value) == (
+        "export to executorch: LlamaForCausalLM goes on with a cache, and a program can't begin with an empty one; export it to "
+        "gguf, onnx or openvino."
+    )
 
 
 def test_the_check_notices_what_differs(tmp_path: Path) -> None:

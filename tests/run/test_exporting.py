@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertTokenizer
 from transformers.exporters import ExportedModel
 from typer.testing import CliRunner
 
@@ -23,7 +24,7 @@ from hfcompress.run.cli import app
 from hfcompress.run.exporting import format_of
 from hfcompress.tasks.pretrained import open_model
 from tests.export.models import byte_tokenizer
-from tests.tiny import tiny_checkpoint, tiny_model, tiny_texts
+from tests.tiny import SPECIAL, WORDS, tiny_checkpoint, tiny_model, tiny_texts
 
 PAIRS = ("cat", "dog", "bank", "goal", "team", "tax")
 STEPS = [
@@ -97,13 +98,28 @@ def test_the_command_line_takes_and_gives_exports(made: Path, tmp_path: Path) ->
 
 
 def test_segments_of_pairs_are_read(place: Path, tmp_path: Path) -> None:
-    rows = [{"one": f"the {a}", "two": f"a {b} of the {b}", "label": "same" if a == b else "other"} for a in PAIRS for b in PAIRS]
+    rows = [
+        {"one": f"the {a}", "two": f"a {b} of the {b}", "label": "same" if a == b else "other"} for a in PAIRS for b in PAIRS
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = {"name": "text-classification", "dataset": str(tmp_path / "pairs.jsonl"), "text_column": "one", "text_pair_column": "two"}
-    tiny_checkpoint(tmp_path / "bert", "bert", num_labels=2)
+    task = {
+        "name": "text-classification",
+        "dataset": str(tmp_path / "pairs.jsonl"),
+        "text_column": "one",
+        "text_pair_column": "two",
+    }
+    tiny = tiny_model("bert", num_labels=2)
+    tiny.bert.embeddings.token_type_embeddings.weight.data *= 50  # so that segments are felt
+    tiny.save_pretrained(tmp_path / "bert")
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate([*SPECIAL, *WORDS])})
+    tokenizer.save_pretrained(tmp_path / "bert")
     out = export_model(tmp_path / "bert", "onnx", task=task)
     served, model = open_model(out), open_model(tmp_path / "bert")
-    batch = Recipe.from_dict({"model": "x", "task": task, "steps": ["cast"]}).task.open(str(tmp_path / "bert")).processor("the cat", "a dog", return_tensors="pt")
+    batch = (
+        Recipe.from_dict({"model": "x", "task": task, "steps": ["cast"]})
+        .task.open(str(tmp_path / "bert"))
+        .processor("the cat", "a dog", return_tensors="pt")
+    )
     assert batch["token_type_ids"].any()
     with torch.no_grad():
         expected, blind = model(**batch).logits, model(**{**batch, "token_type_ids": 0 * batch["token_type_ids"]}).logits
@@ -115,7 +131,9 @@ def test_inputs_that_a_graph_never_saw_are_refused(made: Path) -> None:
     served = Served(made / "openvino")
     ids = torch.tensor([[2, 5, 6, 3]])
     assert served(input_ids=ids, attention_mask=torch.ones_like(ids), surprise=torch.zeros(1)).logits.shape == (1, 3)
-    with pytest.raises(CompressionError, match="the graph was traced without surprise, which these inputs hold; it takes input_ids"):
+    with pytest.raises(
+        CompressionError, match="the graph was traced without surprise, which these inputs hold; it takes input_ids"
+    ):
         served(input_ids=ids, attention_mask=torch.ones_like(ids), surprise=torch.ones(1))
 
 
