@@ -33,7 +33,7 @@ def graphs_of(source: Source) -> dict[str, Graph]:
     word by word. An encoder-decoder is two: what it reads is encoded once. All else is one.
     """
     model, example = source.model, dict(source.example(BATCH, LENGTH if source.has_length else None))
-    if model.config.is_encoder_decoder:
+    if translates(model):
         return _halves(model, example)
     if writes(model):
         return {MODEL: _with_cache(model, example)}
@@ -58,6 +58,11 @@ def _with_cache(model: Any, example: dict[str, Any]) -> Graph:
         module, inputs = decompose_for_generation(model, given, multi_token_decode=True)["decode"]
     traced = {name: value for name, value in inputs.items() if not isinstance(value, bool | int | str | None)}
     return Graph(module, inputs, {name: _varying(get_auto_dynamic_shapes(value)) for name, value in traced.items()})
+
+
+def translates(model: Any) -> bool:
+    """Whether it reads a text whole, or a sound, and then writes another. Of BART there are classifiers too, which don't."""
+    return bool(model.can_generate()) and bool(model.config.is_encoder_decoder)
 
 
 def cached_layers(inputs: dict[str, Any]) -> list[Any]:

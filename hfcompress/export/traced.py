@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export.base import Format, Source
-from hfcompress.export.graphs import DECODER, MODEL, Graph, cached_layers, graphs_of, writes
+from hfcompress.export.graphs import MODEL, Graph, cached_layers, graphs_of, writes
 from hfcompress.export.plain import plain
 from hfcompress.layers.kernels import steps
 
@@ -46,12 +46,12 @@ class Traced(Format):
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         from transformers.exporters import ExportedModel
 
-        model = plain(source.model, keep_codes=self.quantize is None)
-        if self.quantize and (writes(model) or model.config.is_encoder_decoder):
+        if self.quantize and source.model.can_generate():
             raise CompressionError(
                 f"export to {self.key()}: quantize: int8 is for models that answer at once, not for those that write; leave it "
                 f"out, and give the model codes before: quantize: {{bits: 8, engine: hfcompress}}."
             )
+        model = plain(source.model, keep_codes=self.quantize is None)
         components: dict[str, Any] = {}
         caches: list[list[int]] = []
         with quiet_exporters(), torch.no_grad():
@@ -67,7 +67,7 @@ class Traced(Format):
                     ) from error
                 components[name] = traced.components["model"]
                 caches = [[*one.keys.shape[1::2], one.values.shape[3]] for one in cached_layers(graph.inputs)]
-            generation = model.generation_config if writes(model) or DECODER in components else None
+            generation = model.generation_config if model.can_generate() else None
             ExportedModel(components, exporter.export_format, model.config, generation).save_pretrained(folder)
         return {"graphs": list(components), **({"caches": caches} if caches else {})}
 
@@ -189,6 +189,7 @@ class Executorch(Traced):
 def quiet_exporters() -> Iterator[None]:
     """Without what converters say of themselves, in warnings, logs and on stdout; as before afterwards."""
     names = (
+        "",  # onnxruntime's quantiser speaks to the root
         "torch.onnx",
         "torch.export",
         "nncf",

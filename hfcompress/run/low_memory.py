@@ -62,6 +62,10 @@ def check_recipe(recipe: Recipe) -> None:
             f"--low-memory: goal.{compared[0]} compares with the model as it came, which is never whole in memory; possible is "
             f"smaller; take {' and '.join(compared)} out, or run without --low-memory."
         )
+    if recipe.export:
+        raise CompressionError(
+            "--low-memory: an export is traced with the whole model in memory; take export out, or run without --low-memory."
+        )
     if processes().num_processes > 1:
         raise CompressionError(
             f"--low-memory: {processes().num_processes} processes were started, and one reads the model; start it without "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,21 @@ def test_an_export_says_what_pytorch_says(to: str, kind: str, how: str, tmp_path
     assert told["off"] <= ALLOWED
     if source.model.can_generate():
         assert told["same_tokens"] == 1.0
+
+
+def test_a_classifier_of_an_encoder_decoder_is_one_graph(tmp_path: Path) -> None:
+    model = tiny_model("bart", "text-classification")
+    source = source_of(model)
+
+    def example(size: int, length: int | None) -> dict[str, torch.Tensor]:
+        batch = dict(source.example(size, length))
+        batch["input_ids"][:, -1] = model.config.eos_token_id  # where it looks for the sentence
+        return {name: value for name, value in batch.items() if name != "decoder_input_ids"}
+
+    source = dataclasses.replace(source, example=example)
+    told = FORMATS["onnx"]().write(source, tmp_path)
+    (tmp_path / "exported.json").write_text(json.dumps({"to": "onnx", "parameters": 1, "nonzero": 1, **told}))
+    assert told["graphs"] == ["model"] and agreement(source, Served(tmp_path))["off"] <= ALLOWED
 
 
 def test_codes_stay_codes_in_the_file(tmp_path: Path) -> None:

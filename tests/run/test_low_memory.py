@@ -218,6 +218,11 @@ def test_a_run_makes_the_same_and_says_what_was_not_measured(place: Path, monkey
         ),
         (
             ["quantize"],
+            {"export": ["openvino"]},
+            "--low-memory: an export is traced with the whole model in memory; take export out, or run without --low-memory.",
+        ),
+        (
+            ["quantize"],
             {"task": {"metrics": ["agreement"]}},
             "--low-memory: agreement is with the model as it came, which is never whole in memory; give labelled data with "
             "other metrics, or run without --low-memory.",
