@@ -54,7 +54,8 @@ def tensors_of(model: Any, type: str, neighbours: bool) -> Iterator[Written]:
     base = model.model
     for_tables = "Q8_0" if type.startswith("Q") else type
     yield _matrix("token_embd.weight", base.embed_tokens, for_tables)
-    if model.lm_head.weight.data_ptr() != base.embed_tokens.weight.data_ptr():
+    is_tied = model.lm_head.weight.data_ptr() == base.embed_tokens.weight.data_ptr() != 0  # of factors it is an empty marker
+    if not is_tied:
         yield _matrix("output.weight", model.lm_head, for_tables)
     yield _vector("output_norm.weight", base.norm.weight)
     for number, layer in enumerate(base.layers):
