@@ -52,8 +52,9 @@ def test_there_is_one_door_for_models() -> None:
         for file, owner in calls_of_from_pretrained()
         if not re.search(r"(AutoConfig|AutoTokenizer|AutoImageProcessor)$", owner)
     }
-    # and whether a folder is whole is asked of a plain load, as a stranger makes it
-    assert models == {("tasks/pretrained.py", "kind"), ("checkpoint/verify.py", "auto")}
+    # whether a folder is whole is asked of a plain load, as a stranger makes it; behind the door, an export opens its own
+    exports = ("export/served.py", "ExportedModel")
+    assert models == {("tasks/pretrained.py", "kind"), ("checkpoint/verify.py", "auto"), exports}
 
 
 def test_the_checkpoint_s_dtype_stays_or_the_one_asked_for(place: Path, tmp_path: Path) -> None:
