@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfcompress.layers import KINDS, holds_codes, kind_of
+from hfcompress.layers import KINDS, kind_of
 
 BLOCK = 32
 LAYER = {
@@ -113,7 +113,7 @@ def quantised(weight: np.ndarray, type: str) -> tuple[np.ndarray, str]:
 def _blocks(module: Any, order: Tensor | None) -> tuple[np.ndarray, str] | None:
     """The codes of one of our layers as blocks of GGUF's, if they are that; a scale a row stands for each of its blocks, in
     float16 then."""
-    if kind_of(module) not in ("quant_linear", "quant_embedding") or not holds_codes(module):
+    if kind_of(module) not in ("quant_linear", "quant_embedding"):
         return None
     codes, scale, offset = module.codes().cpu(), module.scale.cpu(), module.offset
     rows, groups, size = codes.shape
@@ -128,15 +128,8 @@ def _blocks(module: Any, order: Tensor | None) -> tuple[np.ndarray, str] | None:
     if module.bits == 8 and offset is None:
         return _joined(halves, codes.to(torch.int8).numpy().view(np.uint8)), "Q8_0"
     if module.bits == 4:
-        low, high = (
-            (codes + (8 if offset is None else 0))
-            .to(torch.uint8)
-            .numpy()
-            .reshape(rows, -1, 2, BLOCK // 2)
-            .swapaxes(0, 2)
-            .swapaxes(1, 2)
-        )
-        return _joined(halves, low | high << 4), "Q4_0" if offset is None else "Q4_1"
+        nibbles = (codes + (8 if offset is None else 0)).to(torch.uint8).numpy().reshape(rows, -1, 2, BLOCK // 2)
+        return _joined(halves, nibbles[:, :, 0] | nibbles[:, :, 1] << 4), "Q4_0" if offset is None else "Q4_1"
     return None
 
 

@@ -30,10 +30,7 @@ def tokenizer_fields(tokenizer: Any, vocabulary: int) -> dict[str, Any]:
     fields |= {"ggml.tokens": tokens, "ggml.token_type": types}
     if is_pieces:
         # what is merged first scores highest: llama.cpp joins the pair whose result scores best, as SentencePiece does
-        ranks = {
-            pair.replace(" ", "", 1) if pair.count(" ") == 1 else "".join(pair.split(" ")): rank
-            for rank, pair in reversed([*enumerate(merges)])
-        }
+        ranks = {pair.replace(" ", ""): rank for rank, pair in reversed([*enumerate(merges)])}
         fields["ggml.scores"] = [-float(ranks.get(token, 0)) for token in tokens]
         fields["ggml.add_space_prefix"] = _adds_space(tokenizer)
     else:

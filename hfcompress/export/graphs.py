@@ -19,11 +19,11 @@ BATCH, LENGTH = 2, 7
 
 @dataclass(frozen=True)
 class Graph:
-    """`module(**inputs)` is traced; `axes` names, for each input, those that vary, or is None if all may."""
+    """`module(**inputs)` is traced; `axes` names, for each input, those that vary."""
 
     module: nn.Module
     inputs: dict[str, Any]
-    axes: dict[str, Any] | None = None
+    axes: dict[str, Any]
 
 
 def graphs_of(source: Source) -> dict[str, Graph]:

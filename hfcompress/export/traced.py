@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export.base import Format, Source
-from hfcompress.export.graphs import MODEL, Graph, cached_layers, graphs_of, writes
+from hfcompress.export.graphs import MODEL, cached_layers, graphs_of, writes
 from hfcompress.export.plain import plain
 from hfcompress.layers.kernels import steps
 
@@ -57,9 +57,9 @@ class Traced(Format):
         with quiet_exporters(), torch.no_grad():
             exporter = self.exporter()
             for name, graph in graphs_of(source).items():
-                how = self._how(graph) | ({"quantizer": self.quantizer(self._samples(source))} if self.quantize else {})
+                how = {"quantizer": self.quantizer(self._samples(source))} if self.quantize else {}
                 try:
-                    traced = exporter.export(graph.module, graph.inputs, config=self.config(**how))
+                    traced = exporter.export(graph.module, graph.inputs, config=self.config(dynamic_shapes=graph.axes, **how))
                 except Exception as error:  # of torch.export, the converters and the quantisers, which have one each
                     raise CompressionError(
                         f"export to {self.key()}: {type(model).__name__} can't be traced ({type(error).__name__}: "
@@ -70,9 +70,6 @@ class Traced(Format):
             generation = model.generation_config if model.can_generate() else None
             ExportedModel(components, exporter.export_format, model.config, generation).save_pretrained(folder)
         return {"graphs": list(components), **({"caches": caches} if caches else {})}
-
-    def _how(self, graph: Graph) -> dict[str, Any]:
-        return {"dynamic": True} if graph.axes is None else {"dynamic_shapes": graph.axes}
 
     def _samples(self, source: Source) -> list[dict[str, Any]]:
         """Single examples: those of a batch are padded to the longest, and pads would widen what is seen."""

@@ -55,3 +55,9 @@ def unpacked(stored: Tensor, bits: int, signed: bool) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stored.device)
     codes = ((stored[..., None] >> shifts) & (2**bits - 1)).flatten(-2).to(torch.int8)
     return codes - 2 ** (bits - 1) if signed else codes
+
+
+def worth(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, computed in this dtype; scale and offset in shapes that broadcast to theirs."""
+    said = codes.to(dtype) * scale.to(dtype)
+    return said if offset is None else said + offset.to(dtype)

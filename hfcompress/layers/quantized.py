@@ -13,7 +13,7 @@ from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import kernels
 from hfcompress.layers.base import Kind, dense_fields, features, is_conv1d
 from hfcompress.layers.dense import DenseEmbedding
-from hfcompress.layers.packing import packed, rounded, scale_dtype, unpacked
+from hfcompress.layers.packing import packed, rounded, scale_dtype, unpacked, worth
 from hfcompress.layers.stored import StoredEmbedding, StoredLinear
 
 BITS = (8, 4)
@@ -323,5 +323,4 @@ def mismatch(columns: int, bits: int, group_size: int | None) -> str | None:
 
 def _worth(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """(..., groups, group_size) codes of scale and offset (..., groups), computed in this dtype."""
-    said = codes.to(dtype) * scale.to(dtype)[..., None]
-    return said if offset is None else said + offset.to(dtype)[..., None]
+    return worth(codes, scale[..., None], None if offset is None else offset[..., None], dtype)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hfcompress.layers.packing import worth
+
 
 class _Stored(nn.Module):
     """Made of codes (rows, groups, group_size), int8 or uint8, and a scale and perhaps an offset (rows, groups) of each."""
@@ -21,10 +23,6 @@ class _Stored(nn.Module):
         for name, each in (("scale", scale), ("offset", offset)):
             self.register_buffer(name, None if each is None else each.float() if is_one else each.float()[..., None])
 
-    def _worth(self, codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
-        worth = codes.to(dtype) * scale.to(dtype)
-        return worth if offset is None else worth + offset.to(dtype)
-
 
 class StoredLinear(_Stored):
     """A Linear that multiplies with what its codes are worth, in the dtype of its input."""
@@ -36,7 +34,7 @@ class StoredLinear(_Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)"""
-        weight = self._worth(self.codes, self.scale, self.offset, x.dtype)
+        weight = worth(self.codes, self.scale, self.offset, x.dtype)
         weight = weight.reshape(self.out_features, self.in_features)
         return functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
@@ -51,5 +49,5 @@ class StoredEmbedding(_Stored):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) to (..., dim)"""
         offset = None if self.offset is None else self.offset[ids]
-        rows = self._worth(self.codes[ids], self.scale[ids], offset, torch.float32)
+        rows = worth(self.codes[ids], self.scale[ids], offset, torch.float32)
         return (rows if self.codes.dim() == 2 else rows.flatten(-2)).to(self.dtype)

@@ -65,14 +65,14 @@ def test_an_export_says_what_pytorch_says(to: str, kind: str, how: str, tmp_path
 
 def test_a_classifier_of_an_encoder_decoder_is_one_graph(tmp_path: Path) -> None:
     model = tiny_model("bart", "text-classification")
-    source = source_of(model)
+    plain = source_of(model)
 
     def example(size: int, length: int | None) -> dict[str, torch.Tensor]:
-        batch = dict(source.example(size, length))
+        batch = dict(plain.example(size, length))
         batch["input_ids"][:, -1] = model.config.eos_token_id  # where it looks for the sentence
         return {name: value for name, value in batch.items() if name != "decoder_input_ids"}
 
-    source = dataclasses.replace(source, example=example)
+    source = dataclasses.replace(plain, example=example)
     told = FORMATS["onnx"]().write(source, tmp_path)
     (tmp_path / "exported.json").write_text(json.dumps({"to": "onnx", "parameters": 1, "nonzero": 1, **told}))
     assert told["graphs"] == ["model"] and agreement(source, Served(tmp_path))["off"] <= ALLOWED
