@@ -112,6 +112,14 @@ def _special(tokenizer: Any) -> dict[str, Any]:
     read = tokenizer("a")["input_ids"]
     fields["ggml.add_bos_token"] = tokenizer.bos_token_id is not None and read[:1] == [tokenizer.bos_token_id]
     fields["ggml.add_eos_token"] = tokenizer.eos_token_id is not None and len(read) > 1 and read[-1] == tokenizer.eos_token_id
-    if isinstance(tokenizer.chat_template, str):
-        fields["chat_template"] = tokenizer.chat_template
-    return fields
+    return fields | _chat(tokenizer.chat_template)
+
+
+def _chat(template: Any) -> dict[str, Any]:
+    """One chat template, or several by name, of which `default` is the one that is taken when none is named."""
+    named = {"default": template} if isinstance(template, str) else dict(template or {})
+    others = [name for name in named if name != "default"]
+    fields: dict[str, Any] = {f"chat_template.{name}": named[name] for name in others}
+    if others:
+        fields["chat_templates"] = others
+    return fields | ({"chat_template": named["default"]} if "default" in named else {})

@@ -39,20 +39,21 @@ def told_of(folder: str | Path) -> dict[str, Any]:
 
 
 class Served(nn.Module):
-    """The graphs of a folder, opened by their runtime on the CPU, on as many threads as PyTorch has.
+    """The graphs of a folder, opened by their runtime on the CPU, on as many threads as PyTorch has. `in_float32`: whatever the
+    runtime would choose to multiply in.
 
     Inputs are copied: OpenVINO 2026.4 reads shared ones after they are gone, and aborts when shapes change (seen with T5).
     It has neither parameters nor gradients. `weight_count`: what `measure.weigh` would count of the model it was made of, the
     bytes being those of the files that hold its weights.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, in_float32: bool = False) -> None:
         from transformers.exporters import ExportedModel
 
         super().__init__()
         told = told_of(folder)
         with quiet_exporters():
-            self.exported: Any = ExportedModel.from_pretrained(Path(folder), device="cpu", **_threads(told["to"]))
+            self.exported: Any = ExportedModel.from_pretrained(Path(folder), device="cpu", **_opened(told["to"], in_float32))
         self.format: str = told["to"]
         self.caches: list[list[int]] = told.get("caches") or []
         self.config: Any = self.exported.config
@@ -159,9 +160,11 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
 
 
-def _threads(to: str) -> dict[str, Any]:
+def _opened(to: str, in_float32: bool) -> dict[str, Any]:
+    """What a runtime is told when it opens a graph."""
     if to == "openvino":
-        return {"config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}}
+        precision = {"INFERENCE_PRECISION_HINT": "f32"} if in_float32 else {}
+        return {"config": {"INFERENCE_NUM_THREADS": torch.get_num_threads(), **precision}}
     if to == "onnx":
         import onnxruntime
 

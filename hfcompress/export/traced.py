@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export.base import Format, Source
 from hfcompress.export.graphs import MODEL, cached_layers, graphs_of, writes
+from hfcompress.export.openvino_graph import free_precision, pack_nibbles
 from hfcompress.export.plain import plain
 from hfcompress.layers.kernels import steps
 
@@ -43,6 +44,9 @@ class Traced(Format):
         """transformers' quantiser for int8, on these inputs."""
         raise NotImplementedError
 
+    def finish(self, program: Any) -> None:
+        """What a runtime's graph still needs before it is written."""
+
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         from transformers.exporters import ExportedModel
 
@@ -66,6 +70,7 @@ class Traced(Format):
                         f"{first_line(error)}); other formats may take it, and transformers' exporters are where it failed."
                     ) from error
                 components[name] = traced.components["model"]
+                self.finish(components[name].program)
                 caches = [[*one.keys.shape[1::2], one.values.shape[3]] for one in cached_layers(graph.inputs)]
             generation = model.generation_config if model.can_generate() else None
             ExportedModel(components, exporter.export_format, model.config, generation).save_pretrained(folder)
@@ -82,8 +87,9 @@ class Traced(Format):
 class Openvino(Traced):
     """OpenVINO's intermediate representation: fast on CPUs, Intel's GPUs and NPUs.
 
-    Needs: openvino; nncf for quantize. Buys: fused graphs, bfloat16 where the processor multiplies it, codes that stay codes.
-    Costs: a folder that runs in OpenVINO alone, and can be trained no more.
+    Needs: openvino; nncf for quantize. Buys: fused graphs, bfloat16 where the processor multiplies it (unless it is opened with
+    INFERENCE_PRECISION_HINT: f32), codes that stay codes, of 4 bits too. Costs: a folder that runs in OpenVINO alone, and can
+    be trained no more.
     """
 
     packages: ClassVar[dict[str, str]] = {"openvino": "openvino"}
@@ -108,6 +114,10 @@ class Openvino(Traced):
         from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
 
         return NNCFOpenVINOQuantizer(NNCFQuantizationConfig(subset_size=len(samples)), samples)
+
+    def finish(self, program: Any) -> None:
+        pack_nibbles(program)
+        free_precision(program)
 
     def snippet(self, name: str) -> str:
         lines = ["import openvino", "", f'model = openvino.Core().compile_model("{name}/{self.file(MODEL)}", "CPU")']

@@ -110,7 +110,7 @@ def write_export(folder: str, chosen: Format, task: Any, out: Path) -> dict[str,
             shutil.copyfile(recipe, work / recipe.name)
         write_text(work / TOLD, json.dumps(told, indent=2) + "\n", "the export")
         if not isinstance(chosen, Gguf):
-            off = agreement(source, Served(work), is_exact=getattr(chosen, "quantize", None) is None)
+            off = agreement(source, Served(work, in_float32=True), is_exact=getattr(chosen, "quantize", None) is None)
             write_text(work / TOLD, json.dumps({**told, "agreement": off}, indent=2) + "\n", "the export")
         write_text(work / "README.md", export_card(work, _called(out), chosen, told | {"agreement": off}), "the model card")
         if out.is_dir():

@@ -183,6 +183,16 @@ def test_a_tokenizer_is_whole_in_the_file(before: Any, name: str, tmp_path: Path
         assert llama.length(text) == len(tokenizer(text)["input_ids"]), text
 
 
+def test_chat_templates_keep_their_names(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(chat_template={"default": "{{ messages[0]['content'] }}", "tool_use": "{{ tools }}"})
+    write(model_of("llama"), tokenizer, tmp_path, type="F32")
+    fields = GGUFReader(tmp_path / FILE).fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template["default"]
+    assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
+    assert LlamaCpp(tmp_path / FILE).length("a cat") == len(tokenizer("a cat")["input_ids"])
+
+
 def test_positions_that_are_scaled_are_told(tokenizer: Any, tmp_path: Path) -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     model = model_of("llama", rope_parameters={**scaled, "original_max_position_embeddings": 32})

@@ -85,6 +85,33 @@ def test_codes_stay_codes_in_the_file(tmp_path: Path) -> None:
     assert weight_bytes(tmp_path / "codes") == coded.weight_count["bytes"]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_of_four_bits_take_four_bits_in_openvino(symmetric: bool, tmp_path: Path) -> None:
+    sizes = {}
+    for bits in (8, 4):
+        model = tiny_model("bert")
+        how = {"engine": "hfcompress", "group_size": 32, "symmetric": symmetric}
+        Quantize(bits=bits, embeddings=bits, **how).run(model, None)
+        source, found = served(model.eval(), "openvino", tmp_path / str(bits))
+        assert agreement(source, found)["off"] <= ALLOWED
+        sizes[bits] = weight_bytes(tmp_path / str(bits))
+    codes = sum(
+        one.weight.numel() for one in tiny_model("bert").modules() if isinstance(one, torch.nn.Linear | torch.nn.Embedding)
+    )
+    assert sizes[8] - sizes[4] == pytest.approx(codes / 2, rel=0.02)  # all but the few that no group divides
+
+
+def test_openvino_chooses_its_precision_but_where_logits_are_compared(tmp_path: Path) -> None:
+    import openvino
+
+    served(compressed("bert", "dense"), "openvino", tmp_path)
+    graph = openvino.Core().read_model(tmp_path / "openvino_model.xml")
+    assert not graph.has_rt_info(["runtime_options", "INFERENCE_PRECISION_HINT"])
+    assert graph.has_rt_info(["runtime_options", "KV_CACHE_PRECISION"])
+    runner = Served(tmp_path, in_float32=True).exported.runners["model"]
+    assert runner.compiled_model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+
+
 @pytest.mark.parametrize("to", ["openvino", "onnx"])
 def test_int8_is_near(to: str, tmp_path: Path) -> None:
     source, found = served(compressed("bert", "codes"), to, tmp_path, quantize="int8", samples=8)

@@ -24,6 +24,7 @@ from hfcompress.checkpoint.artifact import load
 from hfcompress.results.report import Report
 from hfcompress.run.recipe import shipped_recipes
 from tests import fresh
+from tests.export.models import VOCABULARY, byte_tokenizer
 from tests.tiny import TOPICS, WORDS, tiny_checkpoint, tiny_images, tiny_model, tiny_texts
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,8 @@ def families(place: Path) -> Path:
     tiny_checkpoint(place / "bert-12", "bert", "masked-lm", layers=12)
     tiny_checkpoint(place / "bert-4", "bert", layers=4)
     tiny_checkpoint(place / "llama-4", "llama", layers=4)
+    tiny_model("llama", vocab_size=VOCABULARY).save_pretrained(place / "llama-bytes")
+    byte_tokenizer().save_pretrained(place / "llama-bytes")
     tiny_checkpoint(place / "t5", "t5", layers=4)
     tiny_checkpoint(place / "vit", "vit", layers=4)
     tiny_images(place / "images")
@@ -267,6 +270,17 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "steps.2.train.epochs": 1,
         },
     ),
+    "fastest": ("bert-4", {"steps.3.train.epochs": 1, "steps.2.prune_neurons.round_to": 8}),
+    "cpu-llm": (
+        "llama-bytes",
+        {
+            "task.block_size": 32,
+            "task.max_train_samples": 32,
+            "task.max_eval_samples": 8,
+            "steps.1.train.epochs": 1,
+            "steps.2.quantize.samples": 4,
+        },
+    ),
     "distil-llm": ("llama-4", {"task.block_size": 32, "steps.0.student.number": 3}),
     "distil-vit": (
         "vit",
@@ -301,9 +315,12 @@ def tiny_recipe(name: str, families: Path) -> Recipe:
 def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_family(name: str, families: Path) -> None:
     chosen, out = tiny_recipe(name, families), families / "recipes" / name
     report = compress(chosen, out)
-    assert len(report.rows) == len(chosen.steps) + 1
+    served = sum(one.key() != "gguf" for one in chosen.export)  # llama.cpp can't be timed here beside the others
+    assert len(report.rows) == len(chosen.steps) + 1 + served
+    assert all((out / one.key()).is_dir() for one in chosen.export)
     model = chosen.task.auto_class.from_pretrained(out)
-    if any(step.key() == "student" for step in chosen.steps):
+    steps = {step.key() for step in chosen.steps}
+    if "student" in steps and "quantize" not in steps:
         assert model.num_parameters() == report.rows[-1].parameters < report.rows[0].parameters
         assert "quantization_config" not in json.loads((out / "config.json").read_text()), "plain transformers loads it"
         untrained = chosen.task.load_model(chosen.model)
