@@ -26,7 +26,7 @@ bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench_distil.py
 	$(BIN)/python scripts/bench_vocab.py
 	$(BIN)/python scripts/bench_prune.py
-	$(BIN)/python scripts/bench_export.py
+	$(BIN)/python scripts/benchmark
 
 gpu: $(STAMP)  ## every law on a CUDA device, and the tables of docs/gpu.md; where there is none it says so
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device here, so nothing was run.')"

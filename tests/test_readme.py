@@ -147,25 +147,14 @@ def test_the_table_and_the_picture_are_those_of_a_committed_report() -> None:
     assert "quickstart" in shipped_recipes()
 
 
-def test_what_is_said_of_exports_was_measured() -> None:
-    told, said = json.loads((ROOT / "docs" / "export.json").read_text()), " ".join(README.split())
-    rows, speeds = told["encoder"]["rows"], told["language"]["rows"]
-    ours, int8 = (rows[f"quickstart, {name}"] for name in ("OpenVINO", "ONNX Runtime, int8"))
-    times = ["{:.1f} to {:.1f} times".format(*one["ms"]["b8"]["faster"]) for one in (ours, int8)]
-    assert f"is {times[0]} as fast in OpenVINO" in said and f"{times[1]} in ONNX Runtime with int8" in said
-    assert f"in {ours['megabytes']:.1f} MB" in said and ours["agreement_with_pytorch"] == 1.0
-    assert all(row["agreement_with_pytorch"] >= 0.99 for name, row in rows.items() if "int8" in name)
-    others = [
-        row["ms"]["b8"]["faster"][1]
-        for name, row in rows.items()
-        if name.startswith("fine-tuned") and "faster" in row["ms"]["b8"]
-    ]
-    assert f"at most {max(others):.1f} times as fast" in said
-    cut, whole = (
-        speeds[f"{name}, Q4_1"]["tokens_a_second"]["best"] for name in ("without a quarter of its neurons", "as it came")
-    )
-    assert f"{cut:.0f} tokens a second in Q4_1 where the whole model writes {whole:.0f}" in said
-    assert speeds["without a quarter of its neurons, F32"]["same_tokens"] == "24 of 24"
+def test_what_is_said_of_llama_cpp_was_measured() -> None:
+    speeds, said = json.loads((ROOT / "docs" / "benchmarks.json").read_text())["language"]["rows"], " ".join(README.split())
+    cut, file = speeds["hfcompress cpu-llm, llama.cpp, Q4_1"], speeds["llama.cpp, Q4_1, the file as it came"]
+    for name in ("write", "read"):
+        assert f"{cut[name]['best']:.0f} tokens a second" in said and f"{file[name]['best']:.0f}" in said
+    assert f"perplexity of {cut['perplexity_news']:.2f} on news" in said and f"{cut['perplexity_novel']:.2f} on a novel" in said
+    assert f"({file['perplexity_news']:.2f} and {file['perplexity_novel']:.2f}" in said
+    assert speeds["hfcompress cpu-llm before its codes, llama.cpp, F32"]["same"] == 24, "uneven, and the same tokens"
 
 
 def test_what_is_said_of_pruning_was_measured() -> None:
