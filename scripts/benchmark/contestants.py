@@ -72,6 +72,7 @@ ENCODERS = [
     Contestant(
         "hfcompress quickstart, ONNX Runtime, int8", "quickstart", "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}
     ),
+    eager("hfcompress fastest, PyTorch", "fastest", OURS, hfcompress=True),
     Contestant("hfcompress fastest, OpenVINO", "fastest", "runtimes", "openvino", {"to": "openvino"}),
     Contestant("hfcompress fastest, ONNX Runtime, int8", "fastest", "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}),
 ]

@@ -37,6 +37,7 @@ def measured(data: str) -> dict[str, Any]:
     task = task_from(task_of(data)).open(str(fine_tuned(data)))
     texts = {split: _texts(task, split, folder) for split in ("train", "eval")}
     rows: dict[str, Any] = {}
+    said: dict[str, np.ndarray] = {}
     workers: dict[str, Worker] = {}
     try:
         for one in ENCODERS:
@@ -48,12 +49,12 @@ def measured(data: str) -> dict[str, Any]:
                 minutes = worker.ask("fit", texts=str(texts["train"]))["seconds"] / 60
             rows[one.name] = {"is_ours": one.is_ours, "minutes": minutes, "megabytes": worker.ask("weigh")["bytes"] / 1e6}
             print(one.name, rows[one.name], flush=True)
-            said = folder / "said" / f"{one.place}-{one.name}.npy".replace(" ", "-")
-            said.parent.mkdir(exist_ok=True)
-            if not said.is_file():
-                worker.ask("predict", texts=str(texts["eval"]), to=str(said))
-            rows[one.name]["said"] = np.load(said)
-        _score(rows, np.load(texts["eval"])["labels"])
+            kept = folder / "said" / f"{one.place}-{one.name}.npy".replace(" ", "-")
+            kept.parent.mkdir(exist_ok=True)
+            if not kept.is_file():
+                worker.ask("predict", texts=str(texts["eval"]), to=str(kept))
+            said[one.name] = np.load(kept)
+        score(rows, said, np.load(texts["eval"])["labels"])
         _time(rows, workers, str(texts["eval"]))
         for name, worker in workers.items():
             rows[name]["resident"] = worker.ask("memory")["resident"] / 1e6
@@ -119,16 +120,21 @@ def posts() -> Path:
     return Path(unpacked(wheel("newsgroups")))
 
 
-def _score(rows: dict[str, Any], labels: np.ndarray) -> None:
-    """Accuracy, the paired 95 % interval of its difference from the reference's, and how often the prediction is the same."""
-    first = rows[REFERENCE]["said"]
-    for row in rows.values():
-        said = row.pop("said")
-        gain = (said == labels).astype(float) - (first == labels)
+def score(rows: dict[str, Any], said: dict[str, np.ndarray], labels: np.ndarray) -> None:
+    """Accuracy, the paired 95 % interval of its difference from the reference's, and how often the prediction is the same as the
+    reference's, and as that of the same model in PyTorch."""
+    first = said[REFERENCE]
+    for one in ENCODERS:
+        if one.name not in rows:
+            continue
+        mine = said[one.name]
+        gain = (mine == labels).astype(float) - (first == labels)
         draws = np.random.default_rng(0).integers(0, len(gain), (2000, len(gain)))
         low, high = np.quantile(gain[draws].mean(1), (0.025, 0.975))
-        row |= {"accuracy": float((said == labels).mean()), "agreement": float((said == first).mean())}
-        row["difference"] = [float(low), float(high)]
+        rows[one.name] |= {"accuracy": float((mine == labels).mean()), "difference": [float(low), float(high)]}
+        rows[one.name]["agreement"] = float((mine == first).mean())
+        own = next((other.name for other in ENCODERS if other.model == one.model and other.kind == "pytorch"), None)
+        rows[one.name]["as_in_pytorch"] = None if own is None else float((mine == said[own]).mean())
 
 
 def _time(rows: dict[str, Any], workers: dict[str, Worker], texts: str) -> None:
