@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
-ASKED = {"matplotlib", "PIL", "gguf", "onnxruntime"}
+ASKED = {"matplotlib", "PIL", "gguf", "onnxruntime", "openvino"}
 """What is imported where it is there, from an extra."""
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 
