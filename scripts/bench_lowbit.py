@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_prune import CLASSIFY, MINILM, NEWS, SMOL, Cells, Kept, fine_tuned
+from bench_prune import Cells, Kept, fine_tuned
+from demo import CLASSIFY, MINILM, NEWS, NOVEL, SMOL, sentence
 
 from hfcompress import Quantize, Recipe, compress, fast
 from hfcompress.checkpoint.artifact import load
@@ -34,7 +35,6 @@ from hfcompress.run.recipe import task_from
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DOCS = ROOT / "out" / "bench-lowbit", ROOT / "docs"
-ALICE = "package://hfcompress/tasks/alice.txt"
 INT8 = {"bits": 8, "engine": "hfcompress", "embeddings": 8}
 BATCHES = (1, 8, 32)
 WINDOWS = 64
@@ -79,7 +79,7 @@ def encoder(kept: Kept, part: str, task: Any, path: str) -> None:
     def row(name: str, model: Any, minutes: float) -> dict[str, Any]:
         columns = predicted[name] = task.predict(model)
         right = columns["predictions"] == columns["references"]
-        told = {"megabytes": weigh(model)["bytes"] / 1e6, "accuracy": float(right.mean()), "minutes": minutes}
+        told: dict[str, Any] = {"megabytes": weigh(model)["bytes"] / 1e6, "accuracy": float(right.mean()), "minutes": minutes}
         if name != "as it came":
             first = predicted["as it came"]
             gain = right.astype(float) - (first["predictions"] == first["references"])
@@ -105,7 +105,7 @@ def encoder(kept: Kept, part: str, task: Any, path: str) -> None:
 
 def in_turns(whole: Any, coded: Any, task: Any, batch: int, rounds: int = 20) -> dict[str, Any]:
     """Least and median milliseconds of both."""
-    once = {"as it came": timed_forward(whole, task.example(batch)), "coded": timed_forward(coded, task.example(batch))}
+    once = {"as it came": timed_forward(whole, task, batch), "coded": timed_forward(coded, task, batch)}
     times: dict[str, list[float]] = {name: [] for name in once}
     for number in range(rounds + 3):
         for name, forward in once.items():
@@ -159,7 +159,7 @@ def off_grid() -> str:
 def smol(kept: Kept, given: argparse.Namespace) -> None:
     """Perplexity on the news it was taken off its grid with (held-out articles), and on a novel."""
     task: Any = task_from(
-        {"name": "causal-lm", "dataset": NEWS, "also": ALICE, "block_size": 512, "max_eval_samples": WINDOWS}
+        {"name": "causal-lm", "dataset": NEWS, "also": NOVEL, "block_size": 512, "max_eval_samples": WINDOWS}
     ).open(off_grid())
     sources = {"news": task}
     if given.wheel is not None or (OUT / "newsgroups" / "test.csv").is_file():
@@ -305,11 +305,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(cells: Cells, samples: int) -> None:
-    found = {"cells": cells, "machine": machine(), "samples": samples}
+    found: dict[str, Any] = {"cells": cells, "machine": machine(), "samples": samples}
     (DOCS / "lowbit.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    told = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if isinstance(value, str | int))
     pages = [page for _, tell in PARTS.values() if (page := tell(cells))]
-    head = f"# Low bits, measured\n\n`python scripts/bench_lowbit.py` writes this page. Measured on {told}.\n\n"
+    head = f"# Low bits, measured\n\n`python scripts/bench_lowbit.py` writes this page. {sentence(found['machine'])}\n\n"
     how = (
         "Times are of eager PyTorch, in turns, least of twenty; what is scored is switched to `fast` before. Agreement: the same prediction as before. Perplexity "
         f"of {WINDOWS} held-out windows of 512 tokens; calibration looks at {samples} windows of other texts.\n\n"

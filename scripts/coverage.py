@@ -210,8 +210,8 @@ def quantize(name: str, kind: str) -> None:
         inputs = example(model)
         dense = answer(model, inputs)
         check_reached(name, kind, dense)
-        tables = {"embeddings": 8} if engine == "hfcompress" and codable_tables(model) else {}
-        Quantize(8, engine=engine, **tables).run(model, None)
+        coded = Quantize(8, engine=engine, embeddings=8 if engine == "hfcompress" and codable_tables(model) else None)
+        coded.run(model, None)
         off = distance(dense, answer(model, inputs))
         if not any(holds_codes(module) for module in model.modules()) or not off < 0.5:
             raise Wrong(f"8 bits of {engine} against dense: logits off by {off:.2g}")

@@ -29,6 +29,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.fields import Fields
 from hfcompress.methods import METHODS
 from hfcompress.run.overrides import apply_override
 from hfcompress.run.recipe import Recipe, shipped_recipes
@@ -80,7 +81,8 @@ def at(tree: Any, path: Way) -> Any:
 
 def names() -> list[str]:
     """Every word that means something in some recipe."""
-    fields = [name for cls in (*METHODS.values(), *TASKS.values(), Recipe) for name in cls.model_fields]
+    classes: list[type[Fields]] = [*METHODS.values(), *TASKS.values(), Recipe]
+    fields = [name for cls in classes for name in cls.model_fields]
     return sorted(
         {*fields, *METHODS, *TASKS, *training_fields(), "train", "with", "epochs", "riders", "self", "num_train_epochs"}
     )
@@ -225,7 +227,8 @@ def outcome(text: str, overrides: list[str]) -> tuple[str, str]:
 
 def fuzz(number: int, seed: int) -> tuple[Counter[str], list[str]]:
     """How often each outcome came, and the faults, each with what makes it come again."""
-    found, faults = Counter(), []
+    found: Counter[str] = Counter()
+    faults: list[str] = []
     for one in range(number):
         text, overrides = altered(random.Random(f"{seed} {one}"))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

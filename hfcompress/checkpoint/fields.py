@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, dataclass_transform
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from hfcompress.checkpoint.errors import CompressionError, shown
 
 
+@dataclass_transform(kw_only_default=False, field_specifiers=(Field,))
 class Fields(BaseModel):
     """A frozen, typed object whose fields are its YAML; the first fields may also be given by position."""
 

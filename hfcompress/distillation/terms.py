@@ -30,7 +30,7 @@ class Term(Fields):
     key: ClassVar[str]
     needs: ClassVar[Literal["labels", "logits", "hidden_states", "attentions", "relations"]]
 
-    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="What the term is multiplied with.")
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="What the term is multiplied with.")
 
     @model_serializer(mode="wrap")
     def _as_written(self, fields: Any) -> Any:
@@ -80,10 +80,10 @@ class SoftTargets(Term):
     needs = "logits"
 
     temperature: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Softens both distributions; distill's own if absent."
+        default=None, gt=0, allow_inf_nan=False, description="Softens both distributions; distill's own if absent."
     )
     positions: Literal["labels", "all"] = Field(
-        "labels", description="Token tasks: the positions that have a label, or all that are not padding."
+        default="labels", description="Token tasks: the positions that have a label, or all that are not padding."
     )
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class JensenShannon(SoftTargets):
     __doc__ = losses.jensen_shannon.__doc__
     key = "jensen_shannon"
 
-    beta: float = Field(0.5, gt=0, lt=1, description="The teacher's share in the mixture both are compared with.")
+    beta: float = Field(default=0.5, gt=0, lt=1, description="The teacher's share in the mixture both are compared with.")
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         return losses.jensen_shannon(student, teacher, self.beta)
@@ -127,7 +127,7 @@ class SkewedKL(SoftTargets):
     __doc__ = losses.skewed_kl.__doc__
     key = "skewed_kl"
 
-    skew: float = Field(0.1, ge=0, lt=1, description="The teacher's share in what it is compared with.")
+    skew: float = Field(default=0.1, ge=0, lt=1, description="The teacher's share in what it is compared with.")
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         return losses.skewed_kl(student, teacher, self.skew)
@@ -140,7 +140,7 @@ class LogitsMSE(Term):
     key = "logits_mse"
     needs = "logits"
 
-    positions: Literal["labels", "all"] = Field("labels", description=SoftTargets.model_fields["positions"].description)
+    positions: Literal["labels", "all"] = Field(default="labels", description=SoftTargets.model_fields["positions"].description)
 
     def parts(self, batch: Batch) -> Parts:
         for prediction in batch.predictions:
@@ -154,11 +154,11 @@ class Layers(Term):
     """What terms on inner layers share: which of the student's layers learn from which of the teacher's."""
 
     layers: Literal["last", "even"] | dict[int, int] = Field(
-        "last",
+        default="last",
         description="last: the last from the last; even: spread over the teacher's, the last included; "
         "or student layer: teacher layer, counted from 0.",
     )
-    stack: Literal["encoder", "decoder"] = Field("decoder", description="Of an encoder-decoder: which of its stacks.")
+    stack: Literal["encoder", "decoder"] = Field(default="decoder", description="Of an encoder-decoder: which of its stacks.")
 
     @field_validator("layers")
     @classmethod
@@ -196,7 +196,7 @@ class Layers(Term):
 class _Hidden(Layers):
     needs = "hidden_states"
 
-    embeddings: bool = Field(False, description="Compare what the embeddings give to the first layer as well.")
+    embeddings: bool = Field(default=False, description="Compare what the embeddings give to the first layer as well.")
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise NotImplementedError
@@ -294,10 +294,12 @@ class Relations(Layers):
     needs = "relations"
 
     heads: int | None = Field(
-        None, ge=1, description="Relation heads; the most that fit both widths, up to the teacher's attention heads, if absent."
+        default=None,
+        ge=1,
+        description="Relation heads; the most that fit both widths, up to the teacher's attention heads, if absent.",
     )
     of: tuple[Literal["query", "key", "value"], ...] = Field(
-        ("query", "key", "value"), min_length=1, description="Whose relations."
+        default=("query", "key", "value"), min_length=1, description="Whose relations."
     )
 
     def parts(self, batch: Batch) -> Parts:

@@ -38,7 +38,8 @@ class Gguf(Format):
     """
 
     type: Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"] = Field(
-        "F16", description="What matrices are stored in that are not codes of the same kind already; tables take 8 bits for Q4."
+        default="F16",
+        description="What matrices are stored in that are not codes of the same kind already; tables take 8 bits for Q4.",
     )
 
     packages: ClassVar[dict[str, str]] = {"gguf": "gguf"}

@@ -26,9 +26,9 @@ class Traced(Format):
     """A format that transformers' exporters write: graphs and what is known of them, in one folder."""
 
     quantize: Literal["int8"] | None = Field(
-        None, description="int8: products in integers, weights and activations, chosen on samples of the training data."
+        default=None, description="int8: products in integers, weights and activations, chosen on samples of the training data."
     )
-    samples: PositiveInt = Field(128, description="Training examples to choose int8 on.")
+    samples: PositiveInt = Field(default=128, description="Training examples to choose int8 on.")
 
     program: ClassVar[str]
     """How the file of a graph is called, as a format of its name."""
@@ -163,7 +163,7 @@ class Executorch(Traced):
     Costs: codes are worked out at each forward.
     """
 
-    quantize: None = Field(None, description="Not offered here.")
+    quantize: None = Field(default=None, description="Not offered here.")
 
     packages: ClassVar[dict[str, str]] = {"executorch": "executorch"}
     program: ClassVar[str] = "{}.pte"

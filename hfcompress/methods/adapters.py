@@ -46,22 +46,25 @@ class Adapters(Method):
     needs_training: ClassVar[bool] = True
     tag: ClassVar[str] = "lora"
 
-    r: int = Field(8, ge=1, description="Rank of the adapters.")
-    lora_alpha: int = Field(16, ge=1, description="The update is scaled by lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
-    target_modules: str | list[str] = Field("all-linear", description="As in PEFT.")
+    r: int = Field(default=8, ge=1, description="Rank of the adapters.")
+    lora_alpha: int = Field(default=16, ge=1, description="The update is scaled by lora_alpha / r.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    target_modules: str | list[str] = Field(default="all-linear", description="As in PEFT.")
     modules_to_save: list[str] | None = Field(
-        None, description="As in PEFT: modules trained whole; the head of a classifier and its like if absent, [] for none."
+        default=None,
+        description="As in PEFT: modules trained whole; the head of a classifier and its like if absent, [] for none.",
     )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead, which large ranks need.")
-    use_dora: bool = Field(False, description="Train the length of each output's weights apart from their direction (DoRA).")
+    use_rslora: bool = Field(default=False, description="Scale by lora_alpha / sqrt(r) instead, which large ranks need.")
+    use_dora: bool = Field(
+        default=False, description="Train the length of each output's weights apart from their direction (DoRA)."
+    )
     init_lora_weights: bool | str = Field(
-        True,
+        default=True,
         description="true, gaussian: adapters start at zero; pissa, pissa_niter_N: at the largest singular values of dense "
         "weights (N rounds of a faster SVD); loftq: at what rounding the original to codes took away.",
     )
     merge: bool | Literal["dense"] = Field(
-        True,
+        default=True,
         description="Merge into the weights when training ends, codes being coded again; dense leaves dense layers where "
         "adapted codes were; false keeps an adapter that PEFT loads.",
     )

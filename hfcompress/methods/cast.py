@@ -27,7 +27,9 @@ class Cast(Method):
 
     edits: ClassVar[frozenset[str]] = frozenset({"dtype"})
 
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="What dense parameters are stored in.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="What dense parameters are stored in."
+    )
 
     @property
     def computes_in(self) -> str | None:

@@ -31,21 +31,27 @@ class Distill(Method):
     tag: ClassVar[str] = "distillation"
 
     teacher: Any = Field(
-        ORIGINAL,
+        default=ORIGINAL,
         description="original: the model before its first compressing step; current: as it stands now; a path or Hub id; "
         "or, in Python, a model. A list of these is an ensemble, averaged.",
     )
-    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="Softens both distributions.")
-    alpha: float = Field(0.7, ge=0, le=1, description="Weight of the soft targets; the task loss gets the rest.")
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="Softens both distributions.")
+    alpha: float = Field(default=0.7, ge=0, le=1, description="Weight of the soft targets; the task loss gets the rest.")
     terms: tuple[SerializeAsAny[Term], ...] | None = Field(
-        None, min_length=1, description=f"Instead of alpha: {', '.join(TERMS)}, each a name, name: weight or name: {{fields}}."
+        default=None,
+        min_length=1,
+        description=f"Instead of alpha: {', '.join(TERMS)}, each a name, name: weight or name: {{fields}}.",
     )
-    teacher_bits: Literal[8, 4] | None = Field(None, description="Hold the teacher's linear layers in so many bits.")
+    teacher_bits: Literal[8, 4] | None = Field(default=None, description="Hold the teacher's linear layers in so many bits.")
     cache: str | None = Field(
-        None, min_length=1, description="A folder: the teacher's answers are recorded there once, and read from there."
+        default=None, min_length=1, description="A folder: the teacher's answers are recorded there once, and read from there."
     )
-    top_k: int = Field(64, ge=1, description="In the cache, of each token: the likeliest classes, and the mass of the rest.")
-    projection_lr: float = Field(1e-3, gt=0, description="Adam's step for projections, which terms on hidden states may need.")
+    top_k: int = Field(
+        default=64, ge=1, description="In the cache, of each token: the likeliest classes, and the mass of the rest."
+    )
+    projection_lr: float = Field(
+        default=1e-3, gt=0, description="Adam's step for projections, which terms on hidden states may need."
+    )
 
     @field_validator("teacher")
     @classmethod

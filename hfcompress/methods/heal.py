@@ -33,7 +33,7 @@ class Heal(Method):
     needs_training: ClassVar[bool] = True
 
     parts: list[Literal["norms", "biases", "embeddings"]] = Field(
-        ["norms", "biases"],
+        default=["norms", "biases"],
         min_length=1,
         description="What is trained: weights and biases of norms; biases, those of norms and of low-bit layers included; "
         "tables of tokens and positions, and with them an output layer that is tied to one. All else is frozen meanwhile.",

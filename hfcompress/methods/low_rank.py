@@ -40,31 +40,37 @@ class LowRank(Method):
     adds_parameters: ClassVar[bool] = True
     tag: ClassVar[str] = "low-rank"
 
-    rank: int | None = Field(None, ge=1, description="The same rank for every layer.")
+    rank: int | None = Field(default=None, ge=1, description="The same rank for every layer.")
     ratio: float | None = Field(
-        None, gt=0, lt=1, description="Parameters that stay, as a share of each layer's own; of all, under ranking global."
+        default=None,
+        gt=0,
+        lt=1,
+        description="Parameters that stay, as a share of each layer's own; of all, under ranking global.",
     )
-    energy: float | None = Field(None, gt=0, lt=1, description="Share of the squared singular values that stays.")
+    energy: float | None = Field(default=None, gt=0, lt=1, description="Share of the squared singular values that stays.")
     target_modules: list[str] | None = Field(
-        None, description="Suffixes of names of linear layers or embeddings; all linear layers of the body if absent."
+        default=None, description="Suffixes of names of linear layers or embeddings; all linear layers of the body if absent."
     )
     whiten: bool = Field(
-        False,
+        default=False,
         description="Choose the factors that change least of what a layer says on the samples, each layer once those before it "
         "are factored; embeddings: the rows of frequent tokens count more.",
     )
     ranking: Literal["layer", "global"] = Field(
-        "layer",
+        default="layer",
         description="layer: every layer keeps the same share; global: all compete for one budget, the ratio of all their "
         "parameters, and some stay dense; with whiten, by what the loss feels of their errors if there are labels.",
     )
     repair: bool = Field(
-        False, description="With whiten: aim at what each layer said in the model as it came, of the inputs that it reads now."
+        default=False,
+        description="With whiten: aim at what each layer said in the model as it came, of the inputs that it reads now.",
     )
-    round_to: int = Field(1, ge=1, description="Ranks that ratio and energy choose are multiples of it; 4-bit codes want 64.")
-    samples: int = Field(256, ge=1, description="Of whiten: training examples that are looked at.")
-    seed: int = Field(0, description="Of whiten: which examples these are.")
-    damping: float = Field(DAMPING, ge=0, description="Of whiten: the ridge, as a share of the mean second moment.")
+    round_to: int = Field(
+        default=1, ge=1, description="Ranks that ratio and energy choose are multiples of it; 4-bit codes want 64."
+    )
+    samples: int = Field(default=256, ge=1, description="Of whiten: training examples that are looked at.")
+    seed: int = Field(default=0, description="Of whiten: which examples these are.")
+    damping: float = Field(default=DAMPING, ge=0, description="Of whiten: the ridge, as a share of the mean second moment.")
 
     @model_validator(mode="after")
     def _one_measure(self) -> LowRank:

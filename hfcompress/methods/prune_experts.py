@@ -31,14 +31,14 @@ class PruneExperts(Method):
     adds_parameters: ClassVar[bool] = True
     tag: ClassVar[str] = "pruning"
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the experts to cut in every layer, 0..1.")
-    number: int | None = Field(None, ge=1, description="How many experts to keep in every layer.")
+    ratio: float | None = Field(default=None, gt=0, lt=1, description="Share of the experts to cut in every layer, 0..1.")
+    number: int | None = Field(default=None, ge=1, description="How many experts to keep in every layer.")
     scores: Literal["usage", "magnitude", "random"] = Field(
-        "usage",
+        default="usage",
         description="usage: the routing weight an expert receives on training data; magnitude: the L2 norm; random: by seed.",
     )
-    samples: int = Field(64, ge=1, description="Training examples that usage looks at.")
-    seed: int = Field(0, ge=0, description="Of random scores.")
+    samples: int = Field(default=64, ge=1, description="Training examples that usage looks at.")
+    seed: int = Field(default=0, ge=0, description="Of random scores.")
 
     @model_validator(mode="after")
     def _one_choice(self) -> PruneExperts:

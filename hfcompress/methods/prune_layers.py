@@ -33,19 +33,20 @@ class PruneLayers(Method):
     adds_parameters: ClassVar[bool] = True
     tag: ClassVar[str] = "pruning"
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the layers to cut, 0..1.")
-    number: int | None = Field(None, ge=1, description="How many layers to keep.")
-    layers: list[int] | None = Field(None, min_length=1, description="The layers to keep, counted from 0, ascending.")
+    ratio: float | None = Field(default=None, gt=0, lt=1, description="Share of the layers to cut, 0..1.")
+    number: int | None = Field(default=None, ge=1, description="How many layers to keep.")
+    layers: list[int] | None = Field(default=None, min_length=1, description="The layers to keep, counted from 0, ascending.")
     scores: Literal["block_influence", "angular", "loss", "position"] = Field(
-        "block_influence",
+        default="block_influence",
         description="Which layers go. block_influence: those whose output is most like their input; angular: the run of layers "
         "that turns the hidden states least; loss: one after another, each time the one without which the loss is least; "
         "position: the last ones but one.",
     )
     stack: str = Field(
-        "all", description="Which layers are meant: all, encoder, decoder, or a stack by its name, as model.text_model.layers."
+        default="all",
+        description="Which layers are meant: all, encoder, decoder, or a stack by its name, as model.text_model.layers.",
     )
-    samples: int = Field(64, ge=1, description="Training examples that the scores look at.")
+    samples: int = Field(default=64, ge=1, description="Training examples that the scores look at.")
 
     @model_validator(mode="after")
     def _one_choice(self) -> PruneLayers:

@@ -19,4 +19,6 @@ class PruneNeurons(UnitPruning):
 
     kind: ClassVar[str] = "neurons"
 
-    round_to: int = Field(8, ge=1, description="Keep a multiple of this many neurons in every layer; kernels like 8 and more.")
+    round_to: int = Field(
+        default=8, ge=1, description="Keep a multiple of this many neurons in every layer; kernels like 8 and more."
+    )

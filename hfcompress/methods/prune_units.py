@@ -38,45 +38,56 @@ class UnitPruning(Method):
     writes: ClassVar[frozenset[str]] = frozenset({"save_scores"})
     tag: ClassVar[str] = "pruning"
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the units to cut, 0..1.")
+    ratio: float | None = Field(default=None, gt=0, lt=1, description="Share of the units to cut, 0..1.")
     keep: dict[int, list[int]] | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Instead of a ratio: the units to keep, by the layer's number, {0: [0, 2, 5]}; other layers keep all. "
         "Heads are query heads, and whole groups where several share a key and value.",
     )
     scores: str = Field(
-        "gradient",
+        default="gradient",
         description="; ".join(f"{name}: {one.says}" for name, one in SCORES.items()) + "; or a file that save_scores wrote.",
     )
-    save_scores: str | None = Field(None, description="A .safetensors file to keep the scores in, for other ratios.")
+    save_scores: str | None = Field(default=None, description="A .safetensors file to keep the scores in, for other ratios.")
     ranking: Literal["layer", "global"] = Field(
-        "layer", description="layer: every layer loses the same share; global: all layers compete."
+        default="layer", description="layer: every layer loses the same share; global: all layers compete."
     )
-    round_to: int = Field(1, ge=1, description="Keep a multiple of this many units in every layer.")
-    min_ratio: float = Field(0.0, ge=0, lt=1, description="Under ranking global: the share that every layer loses at least.")
-    max_ratio: float = Field(1.0, gt=0, le=1, description="Under ranking global: the share that every layer loses at most.")
+    round_to: int = Field(default=1, ge=1, description="Keep a multiple of this many units in every layer.")
+    min_ratio: float = Field(
+        default=0.0, ge=0, lt=1, description="Under ranking global: the share that every layer loses at least."
+    )
+    max_ratio: float = Field(
+        default=1.0, gt=0, le=1, description="Under ranking global: the share that every layer loses at most."
+    )
     even: bool = Field(
-        False,
+        default=False,
         description="Every layer keeps the same number, one that transformers' own config can tell: the result loads without "
         "hfcompress.",
     )
-    samples: int = Field(256, ge=1, description="Training examples that scores look at.")
-    seed: int = Field(0, description="Which examples these are; what random scores draw.")
+    samples: int = Field(default=256, ge=1, description="Training examples that scores look at.")
+    seed: int = Field(default=0, description="Which examples these are; what random scores draw.")
     iterations: int = Field(
-        1, ge=1, description="Cut in so many equal parts, and score what is left again after each; under train, while it fades."
+        default=1,
+        ge=1,
+        description="Cut in so many equal parts, and score what is left again after each; under train, while it fades.",
     )
-    warmup: float = Field(0.0, ge=0, lt=1, description="Under train: the share of the steps before pruned units begin to fade.")
+    warmup: float = Field(
+        default=0.0, ge=0, lt=1, description="Under train: the share of the steps before pruned units begin to fade."
+    )
     fade: float = Field(
-        0.3, gt=0, le=1, description="Under train: the share of the steps by which they are gone (cubic); the rest cools down."
+        default=0.3,
+        gt=0,
+        le=1,
+        description="Under train: the share of the steps by which they are gone (cubic); the rest cools down.",
     )
 
     repair: bool = Field(
-        False,
+        default=False,
         description="Cut at once, and let least squares on the samples have what is left of the output projections take over "
         "what was cut.",
     )
-    damping: float = Field(DAMPING, ge=0, description="Of repair: the ridge, as a share of the mean second moment.")
+    damping: float = Field(default=DAMPING, ge=0, description="Of repair: the ridge, as a share of the mean second moment.")
 
     @field_validator("scores")
     @classmethod

@@ -39,19 +39,21 @@ class PruneVocab(Method):
     tag: ClassVar[str] = "pruning"
 
     corpus: str | list[str] | None = Field(
-        None,
+        default=None,
         description="Texts whose tokens stay: a list of them, or a data set as a task names it, all splits and columns; by "
         "default the tokens that the task trains on. What only texts to score on hold is then cut into smaller tokens.",
     )
     split: Literal["train", "all"] = Field(
-        "train",
+        default="train",
         description="Whose tokens stay if there is no corpus: of the data to train on, or of those to score on too; the score "
         "then doesn't tell how new words fare.",
     )
-    tokens: PositiveInt | None = Field(None, description="So many tokens at most: the most frequent.")
-    keep: float | None = Field(None, gt=0, lt=1, description="The same as a share of all tokens.")
-    min_count: PositiveInt = Field(1, description="A token stays that occurs so often.")
-    always: list[str] = Field([], description="Tokens that stay in any case, as the vocabulary writes them (##ing, Ġthe).")
+    tokens: PositiveInt | None = Field(default=None, description="So many tokens at most: the most frequent.")
+    keep: float | None = Field(default=None, gt=0, lt=1, description="The same as a share of all tokens.")
+    min_count: PositiveInt = Field(default=1, description="A token stays that occurs so often.")
+    always: list[str] = Field(
+        default=[], description="Tokens that stay in any case, as the vocabulary writes them (##ing, Ġthe)."
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneVocab:

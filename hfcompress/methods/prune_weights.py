@@ -30,9 +30,9 @@ class PruneWeights(Method):
 
     sparsity: float = Field(gt=0, lt=1, description="Share of the weights to set to zero in every target layer, 0..1.")
     target_modules: list[str] | None = Field(
-        None, description="Suffixes of module names; all linear layers of the body if absent."
+        default=None, description="Suffixes of module names; all linear layers of the body if absent."
     )
-    ramp: float = Field(0.7, gt=0, le=1, description="Under train: the share of the steps over which sparsity rises.")
+    ramp: float = Field(default=0.7, gt=0, le=1, description="Under train: the share of the steps over which sparsity rises.")
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:

@@ -46,66 +46,76 @@ class Quantize(Method):
     needs_dense: ClassVar[bool] = True
     tag: ClassVar[str] = "quantization"
 
-    bits: Literal[8, 4] = Field(8, description="Bits a weight.")
+    bits: Literal[8, 4] = Field(default=8, description="Bits a weight.")
     engine: Literal["bitsandbytes", "hfcompress"] = Field(
-        "bitsandbytes", description="Whose layers: bitsandbytes' load without this package, hfcompress' are faster on CPUs."
+        default="bitsandbytes",
+        description="Whose layers: bitsandbytes' load without this package, hfcompress' are faster on CPUs.",
     )
-    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="bitsandbytes, 4 bits: which sixteen values codes stand for.")
+    quant_type: Literal["nf4", "fp4"] = Field(
+        default="nf4", description="bitsandbytes, 4 bits: which sixteen values codes stand for."
+    )
     use_double_quant: bool = Field(
-        True, description="bitsandbytes, 4 bits: quantise the scales as well (0.4 bits a weight less)."
+        default=True, description="bitsandbytes, 4 bits: quantise the scales as well (0.4 bits a weight less)."
     )
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
-        64, description="bitsandbytes, 4 bits: how many weights of a row share a scale."
+        default=64, description="bitsandbytes, 4 bits: how many weights of a row share a scale."
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="bitsandbytes, 4 bits: the dtype to multiply in; that of the input if absent."
+        default=None, description="bitsandbytes, 4 bits: the dtype to multiply in; that of the input if absent."
     )
     threshold: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=1000,
         description="bitsandbytes, 8 bits: inputs above it stay in 16 bits (6.0 helps very large models; 0 is faster).",
     )
     group_size: int | None = Field(
-        None, ge=2, description="hfcompress: columns that share a scale; a row in 8 bits, 32 columns in 4 bits if absent."
+        default=None,
+        ge=2,
+        description="hfcompress: columns that share a scale; a row in 8 bits, 32 columns in 4 bits if absent.",
     )
-    symmetric: bool = Field(True, description="hfcompress: whether zero is a code; else each group has an offset as well.")
+    symmetric: bool = Field(
+        default=True, description="hfcompress: whether zero is a code; else each group has an offset as well."
+    )
     bits_pattern: dict[str, Literal[16, 8, 4]] = Field(
-        {}, description="Suffixes of module names, or regular expressions, to bits of their own; 16 leaves them dense."
+        default={}, description="Suffixes of module names, or regular expressions, to bits of their own; 16 leaves them dense."
     )
     target_bits: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="Bits a weight on average, scales included: layers get 4 or 8, or stay dense, by their harm.",
     )
     target_megabytes: float | None = Field(
-        None, gt=0, description="The same for what the whole model takes on disk, in 1e6 bytes."
+        default=None, gt=0, description="The same for what the whole model takes on disk, in 1e6 bytes."
     )
     max_drop: float | None = Field(
-        None, gt=0, description="Instead: the fewest bytes with which the loss on the samples grows by no more than this."
+        default=None,
+        gt=0,
+        description="Instead: the fewest bytes with which the loss on the samples grows by no more than this.",
     )
     swaps: int = Field(
-        4,
+        default=4,
         ge=0,
         description="Of target_bits and target_megabytes: exchanges of bits between layers to try on the model.",
     )
     embeddings: Literal[8, 4] | None = Field(
-        None, description="Bits of input and output embeddings, tied or not, in hfcompress' layers; dense if absent."
+        default=None, description="Bits of input and output embeddings, tied or not, in hfcompress' layers; dense if absent."
     )
     convolutions: Literal[8, 4] | None = Field(
-        None, description="Bits of convolutions, in hfcompress' layers, depthwise ones excepted; dense if absent."
+        default=None, description="Bits of convolutions, in hfcompress' layers, depthwise ones excepted; dense if absent."
     )
     calibrate: Literal["scales", "diagonal", "feedback", "rounding", True, False] = Field(
-        False,
+        default=False,
         description="Choose codes by what they do, at the same size. scales: scales of least squared error, without data; "
         "diagonal: the same, columns weighted by what they multiply on samples; feedback, or true: then each column makes up "
         "for the rounding of those before it (GPTQ); rounding: then each code once more beside all others.",
     )
-    samples: int = Field(128, ge=1, description="Of calibrate and targets: training examples to look at.")
-    damping: float = Field(DAMPING, ge=0, description="Of calibrate: the ridge, as a share of the mean second moment.")
-    target_modules: list[str] | None = Field(None, description="Suffixes of module names; all linear layers if absent.")
+    samples: int = Field(default=128, ge=1, description="Of calibrate and targets: training examples to look at.")
+    damping: float = Field(default=DAMPING, ge=0, description="Of calibrate: the ridge, as a share of the mean second moment.")
+    target_modules: list[str] | None = Field(default=None, description="Suffixes of module names; all linear layers if absent.")
     skip_modules: list[str] = Field(
-        [], description="Suffixes to leave alone, beside task heads and tied embeddings, which are left alone by default."
+        default=[],
+        description="Suffixes to leave alone, beside task heads and tied embeddings, which are left alone by default.",
     )
 
     @model_validator(mode="after")

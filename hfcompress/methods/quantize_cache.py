@@ -31,12 +31,12 @@ class QuantizeCache(Method):
 
     edits: ClassVar[frozenset[str]] = frozenset({"cache"})
 
-    bits: Literal[8, 4, 2] = Field(8, description="Bits a key or value.")
+    bits: Literal[8, 4, 2] = Field(default=8, description="Bits a key or value.")
     backend: Literal["fp8", "quanto", "hqq"] | None = Field(
-        None, description="Who quantises, as in transformers: fp8 if absent at 8 bits, quanto at 4 and 2."
+        default=None, description="Who quantises, as in transformers: fp8 if absent at 8 bits, quanto at 4 and 2."
     )
-    q_group_size: int = Field(64, ge=1, description="quanto, hqq: how many numbers share a scale.")
-    residual_length: int = Field(128, ge=1, description="quanto, hqq: how many of the latest tokens stay as they are.")
+    q_group_size: int = Field(default=64, ge=1, description="quanto, hqq: how many numbers share a scale.")
+    residual_length: int = Field(default=128, ge=1, description="quanto, hqq: how many of the latest tokens stay as they are.")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> QuantizeCache:

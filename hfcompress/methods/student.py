@@ -33,20 +33,21 @@ class Student(Method):
     adds_parameters: ClassVar[bool] = True
     tag: ClassVar[str] = "distillation"
 
-    every: int | None = Field(None, ge=2, description="Keep every n-th layer, the first included.")
-    layers: list[int] | None = Field(None, min_length=1, description="The layers to keep, counted from 0, ascending.")
-    number: int | None = Field(None, ge=1, description="Keep so many layers, spread evenly from the first to the last.")
+    every: int | None = Field(default=None, ge=2, description="Keep every n-th layer, the first included.")
+    layers: list[int] | None = Field(default=None, min_length=1, description="The layers to keep, counted from 0, ascending.")
+    number: int | None = Field(default=None, ge=1, description="Keep so many layers, spread evenly from the first to the last.")
     stack: str = Field(
-        "all", description="Which layers are meant: all, encoder, decoder, or a stack by its name, as model.text_model.layers."
+        default="all",
+        description="Which layers are meant: all, encoder, decoder, or a stack by its name, as model.text_model.layers.",
     )
     config: dict[str, int] | None = Field(
-        None, min_length=1, description="Smaller sizes, as the model's config names them: {hidden_size: 256, ...}."
+        default=None, min_length=1, description="Smaller sizes, as the model's config names them: {hidden_size: 256, ...}."
     )
     architecture: str | dict[str, Any] | None = Field(
-        None,
+        default=None,
         description="Another model's config, with random weights: a folder, a config.json, a Hub id, or {model_type: ...}.",
     )
-    seed: int = Field(0, ge=0, description="Of an architecture's random weights.")
+    seed: int = Field(default=0, ge=0, description="Of an architecture's random weights.")
 
     @model_validator(mode="after")
     def _one_choice(self) -> Student:

@@ -30,10 +30,10 @@ class Goal(Fields):
     """What the result must reach, against the model before its first compressing step."""
 
     max_drop: float | None = Field(
-        None, ge=0, description="Most the score may fall, on every text scored: 0.01 is one point of accuracy."
+        default=None, ge=0, description="Most the score may fall, on every text scored: 0.01 is one point of accuracy."
     )
-    smaller: float | None = Field(None, gt=0, description="Times smaller on disk.")
-    faster: float | None = Field(None, gt=0, description="Times faster, at batch 1 and at batch 8, timed in turns.")
+    smaller: float | None = Field(default=None, gt=0, description="Times smaller on disk.")
+    faster: float | None = Field(default=None, gt=0, description="Times faster, at batch 1 and at batch 8, timed in turns.")
 
 
 class Recipe(Fields):
@@ -46,18 +46,21 @@ class Recipe(Fields):
     steps: tuple[SerializeAsAny[InstanceOf[Step]], ...] = Field(
         min_length=1, description="What is done to the model, in this order: methods, and train with methods that ride along."
     )
-    goal: Goal | None = Field(None, description="What the last row must reach, or nothing is pushed and the exit code is 3.")
-    seed: int = Field(42, ge=0, description="Of data order and dropout, where a train step has no seed of its own.")
-    output_dir: str | None = Field(None, description="Where the artifact goes; out/RECIPE if absent.")
-    export: tuple[SerializeAsAny[InstanceOf[Format]], ...] = Field(
-        (), description="Formats that the result is exported to, measured and put beside it: openvino, onnx, executorch, gguf."
+    goal: Goal | None = Field(
+        default=None, description="What the last row must reach, or nothing is pushed and the exit code is 3."
     )
-    push_to: str | None = Field(None, description="OWNER/NAME on the Hub.")
+    seed: int = Field(default=42, ge=0, description="Of data order and dropout, where a train step has no seed of its own.")
+    output_dir: str | None = Field(default=None, description="Where the artifact goes; out/RECIPE if absent.")
+    export: tuple[SerializeAsAny[InstanceOf[Format]], ...] = Field(
+        default=(),
+        description="Formats that the result is exported to, measured and put beside it: openvino, onnx, executorch, gguf.",
+    )
+    push_to: str | None = Field(default=None, description="OWNER/NAME on the Hub.")
     control: bool = Field(
-        False,
+        default=False,
         description="Also train without the teacher, and the uncompressed model on data that it has not seen, to compare.",
     )
-    private: bool = Field(False, description="Whether a repository made by push_to is private.")
+    private: bool = Field(default=False, description="Whether a repository made by push_to is private.")
 
     @property
     def reference(self) -> int:

@@ -7,7 +7,7 @@ import tempfile
 import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
@@ -46,10 +46,14 @@ class Train(Step):
 
     model_config = ConfigDict(extra="allow")
 
-    epochs: float = Field(3.0, gt=0, description="num_train_epochs.")
+    epochs: float = Field(default=3.0, gt=0, description="num_train_epochs.")
     riders: tuple[SerializeAsAny[InstanceOf[Method]], ...] = Field(
-        (), alias="with", description="Methods applied around this training, in this order."
+        default=(), alias="with", description="Methods applied around this training, in this order."
     )
+
+    if TYPE_CHECKING:  # or a type checker would allow the two fields alone
+
+        def __init__(self, /, *positional: Any, **fields: Any) -> None: ...
 
     @model_validator(mode="before")
     @classmethod

@@ -36,8 +36,8 @@ class Task(Splits):
     answers_tokens: ClassVar[bool] = False
     """Whether models answer with tokens of the vocabulary."""
 
-    eval_batch_size: PositiveInt = Field(32, description="examples a batch when scoring")
-    metrics: list[str] = Field(["accuracy", "f1"], min_length=1, description="what to score; the first is the headline")
+    eval_batch_size: PositiveInt = Field(default=32, description="examples a batch when scoring")
+    metrics: list[str] = Field(default=["accuracy", "f1"], min_length=1, description="what to score; the first is the headline")
 
     _opened: str | None = PrivateAttr(None)
     _processor: Any = PrivateAttr(None)

@@ -19,9 +19,9 @@ class CausalLM(LanguageModel):
     auto_class = AutoModelForCausalLM
     writes = True
 
-    block_size: int = Field(512, ge=2, description="tokens a block")
-    eval_batch_size: PositiveInt = Field(4, description="blocks a batch when scoring; logits are large")
-    metrics: list[str] = Field(["perplexity"], min_length=1, description="what to score; the first is the headline")
+    block_size: int = Field(default=512, ge=2, description="tokens a block")
+    eval_batch_size: PositiveInt = Field(default=4, description="blocks a batch when scoring; logits are large")
+    metrics: list[str] = Field(default=["perplexity"], min_length=1, description="what to score; the first is the headline")
     name: Literal["causal-lm"] = "causal-lm"
 
     @property

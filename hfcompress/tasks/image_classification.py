@@ -26,7 +26,7 @@ class ImageClassification(Classification):
     auto_class = AutoModelForImageClassification
     unit: ClassVar[str] = "image"
 
-    image_column: str | None = Field(None, description="the column of the images; guessed by default")
+    image_column: str | None = Field(default=None, description="the column of the images; guessed by default")
     name: Literal["image-classification"] = "image-classification"
 
     def load_processor(self, path: str) -> Any:

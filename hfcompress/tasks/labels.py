@@ -30,9 +30,9 @@ class Classification(Task):
     """A task whose model chooses one of several labels, for an example or a token; or, where the head is made for that, tells
     of each label whether it holds, or a number."""
 
-    label_column: str | None = Field(None, description="the column of the labels; guessed by default")
+    label_column: str | None = Field(default=None, description="the column of the labels; guessed by default")
     labelled: bool = Field(
-        True, description="false: the data has no labels; the model is scored by its agreement with the original"
+        default=True, description="false: the data has no labels; the model is scored by its agreement with the original"
     )
 
     _labels: tuple[str, ...] | None = PrivateAttr(None)

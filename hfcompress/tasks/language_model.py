@@ -31,10 +31,10 @@ class LanguageModel(TextTask):
     """Whether its models write text, token after token."""
 
     also: str | None = Field(
-        None, description="a second text of another source, any address of a dataset, to score on as perplexity_also"
+        default=None, description="a second text of another source, any address of a dataset, to score on as perplexity_also"
     )
     mixture: list[str] = Field(
-        [DATA],
+        default=[DATA],
         min_length=1,
         description="what to calibrate and train on, in equal shares: data, the train split; own, text that the model samples "
         "itself before any step; any address of a dataset. max_train_samples counts in all; listed twice is two shares",

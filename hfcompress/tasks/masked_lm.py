@@ -23,14 +23,16 @@ class MaskedLM(LanguageModel):
 
     auto_class = AutoModelForMaskedLM
 
-    max_length: PositiveInt = Field(128, description="tokens an example is cut to")
+    max_length: PositiveInt = Field(default=128, description="tokens an example is cut to")
     line_by_line: bool = Field(
-        True, description="each text is an example; false: they are laid end to end and cut into blocks of max_length"
+        default=True, description="each text is an example; false: they are laid end to end and cut into blocks of max_length"
     )
-    mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of the tokens to foretell")
-    eval_batch_size: PositiveInt = Field(8, description="examples a batch when scoring; logits are large")
+    mlm_probability: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens to foretell")
+    eval_batch_size: PositiveInt = Field(default=8, description="examples a batch when scoring; logits are large")
     metrics: list[str] = Field(
-        ["perplexity", "accuracy"], min_length=1, description="what to score on masked tokens; the first is the headline"
+        default=["perplexity", "accuracy"],
+        min_length=1,
+        description="what to score on masked tokens; the first is the headline",
     )
     name: Literal["masked-lm"] = "masked-lm"
 

@@ -26,16 +26,18 @@ class Seq2SeqLM(TextTask):
     answers_tokens = True
     token_columns = ("input_ids", "labels")
 
-    text_column: str | None = Field(None, description="the column of the source texts; guessed by default")
-    target_column: str | None = Field(None, description="the column of the texts to make; guessed by default")
-    source_lang: str | None = Field(None, description="the language to translate from, in a `translation` column")
-    target_lang: str | None = Field(None, description="the language to translate into")
-    source_prefix: str = Field("", description='put before every source text, as T5 wants it: "summarize: "')
-    max_source_length: PositiveInt = Field(512, description="tokens a source text is cut to")
-    max_target_length: PositiveInt = Field(128, description="tokens a target text is cut to")
-    eval_batch_size: PositiveInt = Field(8, description="examples a batch when scoring; logits are large")
+    text_column: str | None = Field(default=None, description="the column of the source texts; guessed by default")
+    target_column: str | None = Field(default=None, description="the column of the texts to make; guessed by default")
+    source_lang: str | None = Field(default=None, description="the language to translate from, in a `translation` column")
+    target_lang: str | None = Field(default=None, description="the language to translate into")
+    source_prefix: str = Field(default="", description='put before every source text, as T5 wants it: "summarize: "')
+    max_source_length: PositiveInt = Field(default=512, description="tokens a source text is cut to")
+    max_target_length: PositiveInt = Field(default=128, description="tokens a target text is cut to")
+    eval_batch_size: PositiveInt = Field(default=8, description="examples a batch when scoring; logits are large")
     metrics: list[str] = Field(
-        ["perplexity", "accuracy"], min_length=1, description="what to score on target tokens; the first is the headline"
+        default=["perplexity", "accuracy"],
+        min_length=1,
+        description="what to score on target tokens; the first is the headline",
     )
     name: Literal["seq2seq-lm"] = "seq2seq-lm"
 

@@ -23,15 +23,17 @@ class Splits(Fields):
     """What an example is made of, as errors call it; "image" finds class folders of image files."""
 
     dataset: str = Field(description="Hub id, file, folder of files or of class folders, or package://NAME/path")
-    subset: str | None = Field(None, description="the subset (configuration) of a Hub data set")
-    train_split: str = Field("train", description="the split to train on")
-    eval_split: str | None = Field(None, description="the split to score on; default: validation, test, or split off")
-    max_train_samples: PositiveInt | None = Field(None, description="train on a seeded choice of so many")
-    max_eval_samples: PositiveInt | None = Field(None, description="score on a seeded choice of so many")
-    eval_share: float = Field(0.2, gt=0, lt=1, description="what to split off where there is no split to score on")
-    eval_samples: PositiveInt | None = Field(None, description="how many examples to split off, instead of eval_share")
-    deduplicate: bool | None = Field(None, description="use each example once; by default for local data, not for the Hub's")
-    seed: int = Field(0, description="of the split, of the choice of samples and of a new head")
+    subset: str | None = Field(default=None, description="the subset (configuration) of a Hub data set")
+    train_split: str = Field(default="train", description="the split to train on")
+    eval_split: str | None = Field(default=None, description="the split to score on; default: validation, test, or split off")
+    max_train_samples: PositiveInt | None = Field(default=None, description="train on a seeded choice of so many")
+    max_eval_samples: PositiveInt | None = Field(default=None, description="score on a seeded choice of so many")
+    eval_share: float = Field(default=0.2, gt=0, lt=1, description="what to split off where there is no split to score on")
+    eval_samples: PositiveInt | None = Field(default=None, description="how many examples to split off, instead of eval_share")
+    deduplicate: bool | None = Field(
+        default=None, description="use each example once; by default for local data, not for the Hub's"
+    )
+    seed: int = Field(default=0, description="of the split, of the choice of samples and of a new head")
 
     def _read(self) -> dict[str, Dataset]:
         """The rows as they came: {"train": ..., and "eval" unless it must be split off}, each once if asked."""

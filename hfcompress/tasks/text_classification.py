@@ -29,15 +29,18 @@ class TextClassification(Classification, TextTask):
 
     auto_class = AutoModelForSequenceClassification
 
-    text_pair_column: str | None = Field(None, description="the column of the second texts; guessed by default")
+    text_pair_column: str | None = Field(default=None, description="the column of the second texts; guessed by default")
     label_columns: list[str] | None = Field(
-        None, min_length=2, description="columns of 0 and 1, one a label, where a text has several; instead of label_column"
+        default=None,
+        min_length=2,
+        description="columns of 0 and 1, one a label, where a text has several; instead of label_column",
     )
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
-        None, description="what the head tells: one label, several (lists of labels in the data), or a number; by default as"
-        " the checkpoint's config says, else what the labels are"
-    )  # fmt: skip
-    max_length: PositiveInt = Field(128, description="tokens a text is cut to")
+        default=None,
+        description="what the head tells: one label, several (lists of labels in the data), or a number; by default as the "
+        "checkpoint's config says, else what the labels are",
+    )
+    max_length: PositiveInt = Field(default=128, description="tokens a text is cut to")
     name: Literal["text-classification"] = "text-classification"
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ class TextTask(Task):
 
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
 
-    text_column: str | None = Field(None, description="the column of the texts; guessed by default")
+    text_column: str | None = Field(default=None, description="the column of the texts; guessed by default")
 
     _positions: tuple[Any, int] | None = PrivateAttr(None)
 

@@ -22,9 +22,9 @@ class TokenClassification(Classification, TextTask):
     auto_class = AutoModelForTokenClassification
 
     text_column: str | None = Field(
-        None, description="the column of the words, lists or texts parted by blanks; guessed by default"
+        default=None, description="the column of the words, lists or texts parted by blanks; guessed by default"
     )
-    max_length: PositiveInt = Field(128, description="tokens a text is cut to")
+    max_length: PositiveInt = Field(default=128, description="tokens a text is cut to")
     name: Literal["token-classification"] = "token-classification"
 
     def load_processor(self, path: str) -> Any:

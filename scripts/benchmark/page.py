@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import REFERENCE
+from demo import sentence
 from encoder import BATCHES, ROUNDS, TOKENS
 from environments import PACKAGES
 from language import COMPARED, TURNS
@@ -35,7 +36,7 @@ def _encoder(name: str, told: dict[str, Any]) -> list[str]:
     return [
         f"## An encoder: MiniLM on {told['title']}",
         "",
-        f"{_machine(told)} {TOKENS} tokens, milliseconds: least (median) of {ROUNDS} rounds, and how many times as fast as the first "
+        f"{sentence(told['machine'])} {TOKENS} tokens, milliseconds: least (median) of {ROUNDS} rounds, and how many times as fast as the first "
         "row, the 95 % interval of the median of neighbouring runs. Accuracy, and the paired 95 % interval of its difference, on "
         f"{told['texts']:,} texts; agrees: the same prediction as the first row's, and as the same model's in PyTorch. MB: the "
         "file of the weights, or what PyTorch "
@@ -98,7 +99,7 @@ def _language(told: dict[str, Any]) -> list[str]:
     lines = [
         "## A language model: SmolLM2-135M-Instruct",
         "",
-        f"{_machine(told)} Tokens a second, best (median) of {TURNS} turns: writing {told['written']} after a few, reading "
+        f"{sentence(told['machine'])} Tokens a second, best (median) of {TURNS} turns: writing {told['written']} after a few, reading "
         f"{told['prompt']}; of ours also how many times as fast as the whole model in the same runtime and type, the 95 % interval of "
         f"the median of neighbouring turns. Perplexity on {told['windows']} windows of {told['window']} tokens of held-out news and of a novel, each "
         "computed by the runtime itself: llama.cpp is made to write the texts, and tells each token's probability. Same tokens: of "
@@ -130,10 +131,6 @@ def _language(told: dict[str, Any]) -> list[str]:
 def _speed(told: dict[str, Any], is_ours: bool) -> str:
     faster = " {:.2f} to {:.2f}x".format(*told["faster"]) if is_ours and "faster" in told else ""
     return f"{told['best']:.1f} ({told['median']:.1f}){faster}"
-
-
-def _machine(told: dict[str, Any]) -> str:
-    return f"On {', '.join(f'{key} {value}' for key, value in told['machine'].items() if isinstance(value, str | int))}."
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:

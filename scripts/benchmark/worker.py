@@ -35,8 +35,8 @@ class Opened:
         self.forward, self.bytes = forward, bytes_
 
 
-def pytorch(path: str, threads: int, how: dict[str, Any]) -> Opened:
-    """transformers' own classes; `dtype`, `quantize`: torchao, int8 or nf4, `compile`."""
+def loaded(path: str, class_name: str, threads: int, how: dict[str, Any]) -> tuple[Any, int]:
+    """A model by transformers' own classes, and the bytes of its tensors; `dtype`, `quantize`: int8, nf4 or torchao."""
     import torch
 
     torch.set_num_threads(threads)
@@ -44,21 +44,29 @@ def pytorch(path: str, threads: int, how: dict[str, Any]) -> Opened:
         import hfcompress  # noqa: F401  registers its layers
     import transformers
 
-    given: dict[str, Any] = {"dtype": getattr(torch, how.get("dtype", "float32"))}
-    kind = how.get("quantize")
+    dtype, kind = getattr(torch, how.get("dtype", "float32")), how.get("quantize")
+    given: dict[str, Any] = {"dtype": dtype}
     if kind == "int8":
         given["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     elif kind == "nf4":
         given["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=given["dtype"]
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    model = getattr(transformers, how["class"]).from_pretrained(path, **given).eval()
+    model = getattr(transformers, class_name).from_pretrained(path, **given).eval()
     if kind == "torchao":
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
+    return model, buffer.getbuffer().nbytes
+
+
+def pytorch(path: str, threads: int, how: dict[str, Any]) -> Opened:
+    """A classifier in PyTorch, as `loaded` opens it; `compile`: by torch.compile."""
+    import torch
+
+    model, bytes_ = loaded(path, how["class"], threads, how)
     called = model
     if how.get("compile"):
         import torch._inductor.config
@@ -74,7 +82,7 @@ def pytorch(path: str, threads: int, how: dict[str, Any]) -> Opened:
             logits: np.ndarray = called(**given).logits.float().numpy()
         return logits
 
-    opened = Opened(forward, buffer.getbuffer().nbytes)
+    opened = Opened(forward, bytes_)
     opened.fixed = bool(how.get("compile"))
     return opened
 

@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from worker import resident, serve
+from worker import loaded, resident, serve
 
 Told = dict[str, Any]
 
@@ -59,28 +58,13 @@ class LlamaCpp:
 
 
 class Transformers:
-    """A folder in transformers: `dtype`, and `quantize`: nf4 or int8."""
+    """A folder in transformers, as `worker.loaded` opens it."""
 
     def __init__(self, path: str, threads: int, how: Told) -> None:
         import torch
 
-        torch.set_num_threads(threads)
-        if how.get("hfcompress"):
-            import hfcompress  # noqa: F401  registers its layers
-        import transformers
-
-        given: Told = {"dtype": getattr(torch, how.get("dtype", "float32"))}
-        if how.get("quantize") == "nf4":
-            given["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-            )
-            given["quantization_config"].bnb_4bit_compute_dtype = given["dtype"]
-        elif how.get("quantize") == "int8":
-            given["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        self._torch, self._model = torch, transformers.AutoModelForCausalLM.from_pretrained(path, **given).eval()
-        buffer = io.BytesIO()
-        torch.save(self._model.state_dict(), buffer)
-        self.bytes = buffer.getbuffer().nbytes
+        self._torch = torch
+        self._model, self.bytes = loaded(path, "AutoModelForCausalLM", threads, how)
 
     def write(self, ids: list[int], count: int) -> Told:
         """The prompt is read before the clock starts, as llama.cpp counts."""

@@ -160,7 +160,8 @@ def test_even_looks_at_the_cut_alone() -> None:
 
 
 def test_the_bench_goes_on_where_it_was_stopped_and_tells_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scripts import bench_prune
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    import bench_prune
 
     monkeypatch.setattr(bench_prune, "DOCS", tmp_path)
     file = tmp_path / "deep" / "cells.json"
