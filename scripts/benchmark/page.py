@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from contestants import REFERENCE
+from data import DATA, TOKENS
 from demo import sentence
-from encoder import BATCHES, ROUNDS, TOKENS
+from encoder import BATCHES, ROUNDS
 from environments import PACKAGES
 from language import COMPARED, TURNS
 
@@ -34,11 +35,11 @@ def page(found: dict[str, Any]) -> str:
 def _encoder(name: str, told: dict[str, Any]) -> list[str]:
     rows = told["rows"]
     return [
-        f"## An encoder: MiniLM on {told['title']}",
+        f"## An encoder: {told['title']}",
         "",
-        f"{sentence(told['machine'])} {TOKENS} tokens, milliseconds: least (median) of {ROUNDS} rounds, and how many times as fast as the first "
+        f"{sentence(told['machine'])} {f'{TOKENS} tokens' if DATA[name].is_text else 'Pictures of 28 x 28'}, milliseconds: least (median) of {ROUNDS} rounds, and how many times as fast as the first "
         "row, the 95 % interval of the median of neighbouring runs. Accuracy, and the paired 95 % interval of its difference, on "
-        f"{told['texts']:,} texts; agrees: the same prediction as the first row's, and as the same model's in PyTorch. MB: the "
+        f"{told['examples']:,} held-out examples; agrees: the same prediction as the first row's, and as the same model's in PyTorch. MB: the "
         "file of the weights, or what PyTorch "
         "would save. Memory: of the whole process after batches of 32, its libraries too. Minutes: of compressing and exporting, "
         "without the fine-tuning that all start from. Half of the layers is the classic way, by the recipe `distil-half`.",

@@ -1,8 +1,8 @@
 """One contestant in a process of its own: reads a question a line on stdin, answers with a line of JSON.
 
 Run by the interpreter of the contestant's environment, so it imports nothing of hfcompress (but of what is served by it) and only
-the runtime it was asked for. Questions: {"do": "time", "texts": file, "batch": n, "runs": k}, {"do": "predict", "texts": file,
-"to": file}, {"do": "fit", "texts": file}, {"do": "weigh"}, {"do": "memory"}.
+the runtime it was asked for. Questions: {"do": "time", "examples": file, "batch": n, "runs": k}, {"do": "predict", "examples": file,
+"to": file}, {"do": "fit", "examples": file}, {"do": "weigh"}, {"do": "memory"}.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Opened:
         self.forward, self.bytes = forward, bytes_
 
 
-def loaded(path: str, class_name: str, threads: int, how: dict[str, Any]) -> tuple[Any, int]:
-    """A model by transformers' own classes, and the bytes of its tensors; `dtype`, `quantize`: int8, nf4 or torchao."""
+def loaded(path: str, threads: int, how: dict[str, Any]) -> tuple[Any, int]:
+    """A model by the class that its config names, and the bytes of its tensors; `dtype`, `quantize`: int8, nf4 or torchao."""
     import torch
 
     torch.set_num_threads(threads)
@@ -52,6 +52,7 @@ def loaded(path: str, class_name: str, threads: int, how: dict[str, Any]) -> tup
         given["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    class_name = json.loads((Path(path) / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, class_name).from_pretrained(path, **given).eval()
     if kind == "torchao":
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -66,7 +67,7 @@ def pytorch(path: str, threads: int, how: dict[str, Any]) -> Opened:
     """A classifier in PyTorch, as `loaded` opens it; `compile`: by torch.compile."""
     import torch
 
-    model, bytes_ = loaded(path, how["class"], threads, how)
+    model, bytes_ = loaded(path, threads, how)
     called = model
     if how.get("compile"):
         import torch._inductor.config
@@ -169,7 +170,7 @@ def batches(file: str, fixed: bool) -> Iterator[Feed]:
 def answer(opened: Opened, asked: dict[str, Any]) -> dict[str, Any]:
     """What a question is answered with."""
     if asked["do"] == "time":
-        feed = {name: value[: asked["batch"]] for name, value in next(batches(asked["texts"], True)).items()}
+        feed = {name: value[: asked["batch"]] for name, value in next(batches(asked["examples"], True)).items()}
         taken = []
         for _ in range(asked["runs"]):
             began = time.perf_counter()
@@ -177,16 +178,16 @@ def answer(opened: Opened, asked: dict[str, Any]) -> dict[str, Any]:
             taken.append((time.perf_counter() - began) * 1e3)
         return {"ms": min(taken)}
     if asked["do"] == "predict":
-        count = len(np.load(asked["texts"])["labels"])
-        said = [opened.forward(feed).argmax(-1) for feed in batches(asked["texts"], opened.fixed)]
+        count = len(np.load(asked["examples"])["labels"])
+        said = [opened.forward(feed).argmax(-1) for feed in batches(asked["examples"], opened.fixed)]
         np.save(asked["to"], np.concatenate(said)[:count])
         return {}
     if asked["do"] == "fit":
         from sklearn.linear_model import LogisticRegression
 
         began = time.monotonic()
-        embedded = np.concatenate([opened.embed(feed) for feed in batches(asked["texts"], False)])  # type: ignore[attr-defined]
-        found = LogisticRegression(max_iter=1000).fit(embedded, np.load(asked["texts"])["labels"])
+        embedded = np.concatenate([opened.embed(feed) for feed in batches(asked["examples"], False)])  # type: ignore[attr-defined]
+        found = LogisticRegression(max_iter=1000).fit(embedded, np.load(asked["examples"])["labels"])
         opened.head |= {"weight": found.coef_, "bias": found.intercept_}  # type: ignore[attr-defined]
         opened.bytes += found.coef_.nbytes + found.intercept_.nbytes
         return {"seconds": time.monotonic() - began}

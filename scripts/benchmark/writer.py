@@ -64,7 +64,7 @@ class Transformers:
         import torch
 
         self._torch = torch
-        self._model, self.bytes = loaded(path, "AutoModelForCausalLM", threads, how)
+        self._model, self.bytes = loaded(path, threads, how)
 
     def write(self, ids: list[int], count: int) -> Told:
         """The prompt is read before the clock starts, as llama.cpp counts."""
