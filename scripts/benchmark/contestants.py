@@ -26,7 +26,7 @@ class Contestant:
 
     @property
     def is_ours(self) -> bool:
-        return self.model in ("quickstart", "fastest", "healed", "cpu-llm")
+        return self.model.startswith(("quickstart", "fastest", "healed", "cpu-llm"))
 
     @property
     def against(self) -> str:
@@ -72,6 +72,17 @@ ENCODERS = [
     eager("hfcompress fastest, PyTorch", "fastest", OURS, hfcompress=True),
     Contestant("hfcompress fastest, OpenVINO", "fastest", "runtimes", "openvino", {"to": "openvino"}),
     Contestant("hfcompress fastest, ONNX Runtime, int8", "fastest", "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}),
+    *(
+        one
+        for name, model in (("two layers", "fastest-2"), ("one layer", "fastest-1"))
+        for one in (
+            eager(f"hfcompress fastest, {name}, PyTorch", model, OURS, hfcompress=True),
+            Contestant(f"hfcompress fastest, {name}, OpenVINO", model, "runtimes", "openvino", {"to": "openvino"}),
+            Contestant(
+                f"hfcompress fastest, {name}, ONNX Runtime, int8", model, "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}
+            ),
+        )
+    ),
 ]
 """Of an encoder that is trained on the data; the reference first."""
 

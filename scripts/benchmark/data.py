@@ -59,10 +59,14 @@ def start_of(name: str) -> Path:
 
 
 def steps_of(model: str, name: str) -> list[Any]:
-    """What makes a model of the one that everybody starts from: a recipe's steps. Pictures have no table of tokens to make
-    smaller, and a convolution in its place."""
-    recipe = Recipe.load({"half": "distil-half"}.get(model, model)).to_dict()
-    steps = recipe["steps"][1:] if model == "quickstart" else recipe["steps"]  # its first is the fine-tuning
+    """What makes a model of the one that everybody starts from: the steps of a recipe, with a number of layers behind a dash.
+    Pictures have no table of tokens to make smaller, and a convolution in its place."""
+    recipe, _, layers = model.partition("-")
+    steps = Recipe.load({"half": "distil-half"}.get(recipe, recipe)).to_dict()["steps"]
+    if recipe == "quickstart":
+        steps = steps[1:]  # its first is the fine-tuning
+    if layers:
+        steps = [{"student": {"number": int(layers)}}, *steps[1:]]
     if DATA[name].is_text:
         return list(steps)
     told = [step for step in steps if "low_rank" not in step]
