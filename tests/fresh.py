@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, runpy, sys, traceback
+import json, os, runpy, signal, sys, traceback
 import torch, safetensors.torch, transformers
 import transformers.modeling_utils, transformers.models.auto.modeling_auto, transformers.models.auto.tokenization_auto
 import accelerate, datasets, pydantic, rich.console, typer
@@ -26,13 +27,15 @@ def run(told):
     os.environ.update(told["env"])
     paths = [path for path in told["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:0] = paths if "PYTHONSAFEPATH" in told["env"] else ["", *paths]
-    how, what, *args = told["args"]
+    how, what, *args = told["args"] if told["args"][0] in ("-c", "-m") else ("", *told["args"])
     sys.argv = ["-c" if how == "-c" else what, *args]
     try:
         if how == "-c":
             exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
-        else:
+        elif how == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(what, run_name="__main__")
         return 0
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -44,13 +47,23 @@ def run(told):
 
 assert not {"hfcompress", "bitsandbytes", "peft"} & set(sys.modules)
 for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        code = run(json.loads(line))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    alive, failed = set(), 0
+    for told in json.loads(line):
+        child = os.fork()
+        if not child:
+            code = run(told)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        alive.add(child)
+    while alive:
+        child, status = os.wait()
+        alive.discard(child)
+        if (code := os.waitstatus_to_exitcode(status)) and not failed:
+            failed = code
+            for other in alive:  # which would wait for the one that is gone
+                os.kill(other, signal.SIGKILL)
+    print(failed, flush=True)
 """
 _server: list[subprocess.Popen[str]] = []
 
@@ -60,19 +73,37 @@ def run(command: list[str], *, env: dict[str, str] | None = None, cwd: Any = Non
     [sys.executable, "-m", MODULE, ...]."""
     python, *args = map(str, command)
     assert python == sys.executable and args[0] in ("-c", "-m"), command
-    if not _server:
-        _server.append(subprocess.Popen([python, "-P", "-c", _SERVER], stdin=-1, stdout=-1, text=True))
-        atexit.register(_server[0].kill)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        out.touch()
-        err.touch()
-        told = {"args": args, "env": dict(os.environ) if env is None else env, "cwd": str(cwd or Path.cwd())}
-        server: Any = _server[0]
-        server.stdin.write(json.dumps({**told, "out": str(out), "err": str(err)}) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        done = subprocess.CompletedProcess(command, code, out.read_text(errors="replace"), err.read_text(errors="replace"))
+    done = _run(command, args, [dict(os.environ) if env is None else env], cwd)
     if check:
         done.check_returncode()
     return done
+
+
+def two_processes(*args: Any, env: dict[str, str] | None = None, cwd: Any = None) -> Any:
+    """As `python -m torch.distributed.run --nproc_per_node 2 ARGS` would run them: a script or "-m", a module, and arguments."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    about = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    about = {**(os.environ if env is None else env), **about, "OMP_NUM_THREADS": "1"}
+    return _run(args, list(map(str, args)), [{**about, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"], cwd)
+
+
+def _run(command: Any, args: list[str], environments: list[dict[str, str]], cwd: Any) -> Any:
+    """One process for each of the environments, side by side; what they said one after the other."""
+    if not _server:
+        _server.append(subprocess.Popen([sys.executable, "-P", "-c", _SERVER], stdin=-1, stdout=-1, text=True))
+        atexit.register(_server[0].kill)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [{kind: Path(folder, f"{kind}-{number}") for kind in ("out", "err")} for number in range(len(environments))]
+        asked = []
+        for own, env in zip(files, environments, strict=True):
+            for file in own.values():
+                file.touch()
+            asked.append({"args": args, "env": env, "cwd": str(cwd or Path.cwd()), **{kind: str(own[kind]) for kind in own}})
+        server: Any = _server[0]
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        said = ["".join(own[kind].read_text(errors="replace") for own in files) for kind in ("out", "err")]
+    return subprocess.CompletedProcess(command, code, *said)

@@ -26,8 +26,12 @@ FORMAT = 1
 def twin(model: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
     """The model of this class that a config, its own if none is given, describes, on the meta device: names and shapes, no
     memory."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(config or model.config))  # type: ignore[call-arg]
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():  # no numbers are drawn for what holds none: half of the time
+        blank: Any = type(model)(copy.deepcopy(config or model.config))  # type: ignore[call-arg]
+    blank.tie_weights()  # which drawing would have done
+    return blank  # type: ignore[no-any-return]
 
 
 def rebuild(model: nn.Module, structure: Structure) -> nn.Module:

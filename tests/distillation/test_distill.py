@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from transformers import (
 from hfcompress import CompressionCallback, CompressionError, Distill, Train, attach, riding
 from hfcompress.distillation import losses
 from hfcompress.distillation.terms import TERMS
+from tests import fresh
 from tests.distillation.lessons import LESSONS, Rows, batch, padded, pupil
 from tests.run.test_train import arguments, env
 
@@ -184,9 +183,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
 
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = str(Path(__file__).parents[2])
-    run = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, env=env(root), timeout=600)
+    run = fresh.two_processes(script, tmp_path, env=env(str(Path(__file__).parents[2])))
     assert run.returncode == 0, run.stderr[-3000:]
     for name, two in torch.load(tmp_path / "moved.pt").items():
         lesson = name.split()[0]
@@ -251,9 +248,7 @@ def test_two_processes_keep_one_projection(tmp_path: Path) -> None:
         "attach(trainer, method).train()\n"
         "torch.save(kept, f'{sys.argv[1]}/kept-{PartialState().process_index}.pt')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = str(Path(__file__).parents[2])
-    run = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, env=env(root), timeout=300)
+    run = fresh.two_processes(script, tmp_path, env=env(str(Path(__file__).parents[2])))
     assert run.returncode == 0, run.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"kept-{number}.pt") for number in (0, 1))
     assert len(first) == 3 and all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import hfcompress.run.loop as loop
 from hfcompress import CompressionError, Recipe, compress
+from hfcompress.results.plot import plot
 from hfcompress.run import cli
 from hfcompress.run.inputs import fingerprint, local_inputs
 from hfcompress.run.output_folder import output_folder, put_in_place, reserved
@@ -365,6 +366,7 @@ def test_whatever_file_the_disk_has_no_room_for_is_one_sentence_and_the_run_goes
 
     for owner in ("io.open", "builtins.open"):
         monkeypatch.setattr(owner, full)
+    monkeypatch.setattr(loop, "plot", plot)
     told = refused(place, place / "out")
     monkeypatch.undo()
     monkeypatch.setattr(loop, "prove", lambda *_: 0.0)

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, Trainer
 
 from hfcompress import CompressionCallback, CompressionError, Distill, PruneNeurons, Train
 from hfcompress.results.report import Report
+from tests import fresh
 from tests.distillation.lessons import Rows, pupil
 from tests.run.test_train import arguments, env
 from tests.tiny import tiny_checkpoint, tiny_texts
@@ -133,8 +134,7 @@ def test_under_fsdp_a_step_is_that_of_one_process(tmp_path: Path) -> None:
     """The student in pieces on two CPU processes, through the Trainer and FSDP2; the teacher whole on each."""
     script = tmp_path / "two.py"
     script.write_text(FSDP_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    run = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, env=env(str(ROOT)))
+    run = fresh.two_processes(script, tmp_path, env=env(str(ROOT)))
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
     for lesson, (_, terms) in SHARDED.items():

@@ -27,11 +27,6 @@ def place(tmp_path_factory: Any) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hfcompress.results.measure.REPETITIONS", {1: 3, 8: 3})
-
-
 def recipe(place: Path, kind: str, steps: list[Any], **more: Any) -> Recipe:
     task = {"name": "text-classification", "max_length": 32} if kind != "llama" else {"name": "causal-lm", "block_size": 32}
     raw = {"model": str(place / kind), "task": {**task, "dataset": str(place / "texts")}, "steps": steps}

@@ -133,13 +133,13 @@ print("LABEL", told[0]["label"], sorted(name for name in sys.modules if name.sta
 
 
 def test_a_fresh_process_loads_it_with_one_import(done: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", FRESH, str(done)], capture_output=True, text=True)
+    run = fresh.run([sys.executable, "-c", FRESH, str(done)])
     assert run.stdout.split()[1] in TOPICS, run.stderr[-800:]
     assert "hfcompress.methods" not in run.stdout
 
 
 def test_without_the_import_it_raises(done: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", FRESH.replace(", hfcompress", ""), str(done)], capture_output=True, text=True)
+    run = fresh.run([sys.executable, "-c", FRESH.replace(", hfcompress", ""), str(done)])
     assert run.returncode and "LABEL" not in run.stdout and "mismatch" in run.stderr
 
 
@@ -213,24 +213,8 @@ def test_a_killed_run_with_adapters_on_codes_goes_on_too(merge: bool, place: Pat
 def test_two_processes_train_write_once_and_report_once(place: Path) -> None:
     file = place / "two.yaml"
     file.write_text(recipe(place).to_yaml())
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "hfcompress",
-    ]
-    run = subprocess.run(
-        [*command, "run", str(file), f"output_dir={place / 'two'}"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        cwd=ROOT,
-    )
+    words = ["-m", "hfcompress", "run", file, f"output_dir={place / 'two'}"]
+    run = fresh.two_processes(*words, env={**os.environ, "COLUMNS": "120"}, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("step 4 of 4") == 1
     assert run.stdout.count("Everything lies in") == 1

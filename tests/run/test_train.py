@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from hfcompress import (
     riding,
 )
 from hfcompress.checkpoint.describe import diff
+from tests import fresh
 from tests.methods.test_laws import FewBatches, auto, logits
 from tests.tiny import tiny_model
 
@@ -165,11 +164,7 @@ if PartialState().is_main_process:
 def test_two_processes_give_the_gradient_of_one(kind: str, tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = str(Path(__file__).parents[2])
-    run = subprocess.run(
-        [*command, str(script), str(tmp_path), kind], capture_output=True, text=True, env=env(root), timeout=300
-    )
+    run = fresh.two_processes(script, tmp_path, kind, env=env(str(Path(__file__).parents[2])))
     assert run.returncode == 0, run.stderr[-2000:]
     two = torch.load(tmp_path / "moved.pt")
     one = change(kind, tmp_path, "callback", 8, 1)

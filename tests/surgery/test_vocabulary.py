@@ -17,7 +17,6 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-import hfcompress.results.measure as measuring
 import hfcompress.run.loop as loop
 from hfcompress import CompressionCallback, CompressionError, Distill, PruneVocab, Recipe, compress, riding
 from hfcompress.calibration.batches import Batches
@@ -654,8 +653,7 @@ TASKS = {
 
 @pytest.fixture()
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a fresh process, a picture and true times of a run, which take their time; other tests have them."""
-    monkeypatch.setattr(measuring, "REPETITIONS", {1: 1, 8: 1})
+    """Without a fresh process and a picture of a run, which take their time; other tests have them."""
     monkeypatch.setattr(loop, "prove", lambda *given: 0.0)
     monkeypatch.setattr(loop, "plot", lambda *given: None)
 

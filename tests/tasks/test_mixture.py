@@ -237,7 +237,6 @@ def test_a_killed_run_finds_its_own_text_again(
     place: Path, writings: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Cut and healed on own text with the original's answers alone: the same artifact, and nothing is written twice."""
-    monkeypatch.setattr("hfcompress.results.measure.REPETITIONS", {1: 3, 8: 3})
     about = {"name": "causal-lm", "dataset": str(place / "texts"), "block_size": SIZE, "mixture": ["data", "own"]}
     distil = {"distill": {"teacher": "original", "alpha": 1.0, "temperature": 1.0}}
     raw = {
