@@ -17,6 +17,7 @@ from hfcompress.calibration.grid import Codes, Grid
 from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes, codes_without_data
 from hfcompress.calibration.other_layers import coded_convolutions, coded_tables
 from hfcompress.calibration.second_moments import DAMPING
+from hfcompress.calibration.smoothing import smooth
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import KINDS, dense_form, holds_codes, kind_of
 from hfcompress.methods.base import LayerEdits, Method, Tick
@@ -32,14 +33,15 @@ class Quantize(Method):
     """Store linear layers, and embeddings and convolutions if asked for, as 8- or 4-bit codes; codes again in fewer bits.
 
     Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters and what heal names may train;
-        calibration data, if calibrate is more than scales, or if a target decides the bits.
+        calibration data, if calibrate is more than scales, if smooth is asked for, or if a target decides the bits.
     Buys: a quarter (8 bits) or an eighth (4 bits) of the float32 size of the layers; time with engine hfcompress in 8 bits,
         where the processor multiplies bytes.
     Costs: half a step of rounding a weight, at most, if not calibrated; time, where unpacking outweighs the smaller reads (see
         the report).
     Paper: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314); rows of inputs rounded as they
         come: Yao et al. 2022, ZeroQuant (arXiv 2206.01861); feedback: Frantar et al. 2022, GPTQ (arXiv 2210.17323); rounding:
-        Behdin et al. 2023, QuantEase (arXiv 2309.01885); targets: Dong et al. 2020, HAWQ-V2 (arXiv 1911.03852)
+        Behdin et al. 2023, QuantEase (arXiv 2309.01885); smooth: Xiao et al. 2022, SmoothQuant (arXiv 2211.10438), Lin et al.
+        2023, AWQ (arXiv 2306.00978); targets: Dong et al. 2020, HAWQ-V2 (arXiv 1911.03852)
     """
 
     edits: ClassVar[frozenset[str]] = frozenset({"codes"})
@@ -110,7 +112,12 @@ class Quantize(Method):
         "diagonal: the same, columns weighted by what they multiply on samples; feedback, or true: then each column makes up "
         "for the rounding of those before it (GPTQ); rounding: then each code once more beside all others.",
     )
-    samples: int = Field(default=128, ge=1, description="Of calibrate and targets: training examples to look at.")
+    smooth: bool = Field(
+        default=False,
+        description="Before that: scale columns up where rounding hurts, and what comes before them down by as much, in powers "
+        "of two, so that the model computes the same (SmoothQuant, AWQ); chosen by what layers say on samples.",
+    )
+    samples: int = Field(default=128, ge=1, description="Of calibrate, smooth and targets: training examples to look at.")
     damping: float = Field(default=DAMPING, ge=0, description="Of calibrate: the ridge, as a share of the mean second moment.")
     target_modules: list[str] | None = Field(default=None, description="Suffixes of module names; all linear layers if absent.")
     skip_modules: list[str] = Field(
@@ -136,7 +143,7 @@ class Quantize(Method):
                 "calibrate chooses codes of 4 bits, and those of 8 bits are bitsandbytes' own, a scale for a whole row; remove "
                 "calibrate or set bits: 4"
             )
-        idle = {"damping"} | (set() if self._has_target else {"samples"})
+        idle = {"damping"} | (set() if self._has_target or self.smooth else {"samples"})
         if (idle := idle & given) and self._stage in NEED_NO_DATA:
             raise ValueError(
                 f"{' and '.join(sorted(idle))} belong to calibrate: diagonal, feedback or rounding; set one of "
@@ -171,7 +178,7 @@ class Quantize(Method):
 
     @property
     def by_layer(self) -> bool:
-        return not self._has_target and self._stage in NEED_NO_DATA
+        return not self._has_target and not self.smooth and self._stage in NEED_NO_DATA
 
     def layer_edits(self, model: nn.Module) -> LayerEdits:
         waiting = list(self._others(model))  # read whole, as a checkpoint may part what a config ties
@@ -202,10 +209,11 @@ class Quantize(Method):
         others = self._others(model)
         names = self._targets(model, alone=not others)
         batches = self._batches(model, task)
+        formats = {} if self._has_target else self._fitting(model, self._due(model, names, alone=not others))
+        if self.smooth:
+            smooth(model, formats or dict.fromkeys(names, self._format(4)), batches, "quantize: smooth")
         if self._has_target:
             formats = self._within_target(model, names, others, batches)
-        else:
-            formats = self._fitting(model, self._due(model, names, alone=not others))
         for name, new in others.items():
             swap(model, name, new)
         self._code_linears(model, formats, batches)
@@ -222,6 +230,10 @@ class Quantize(Method):
             raise CompressionError(
                 f"quantize: calibrate: {self._stage} needs calibration data; give a task or batches, with or without labels, "
                 f"or choose calibrate: scales."
+            )
+        if self.smooth:
+            raise CompressionError(
+                "quantize: smooth needs calibration data; give a task or batches, with or without labels, or leave smooth out."
             )
         return None
 
