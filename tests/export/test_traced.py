@@ -110,7 +110,9 @@ def test_codes_of_four_bits_take_four_bits_in_openvino(symmetric: bool, tmp_path
         assert agreement(source, found)["off"] <= ALLOWED
         sizes[bits] = weight_bytes(tmp_path / str(bits))
     codes = sum(
-        one.weight.numel() for one in tiny_model("bert", layers=1).modules() if isinstance(one, torch.nn.Linear | torch.nn.Embedding)
+        one.weight.numel()
+        for one in tiny_model("bert", layers=1).modules()
+        if isinstance(one, torch.nn.Linear | torch.nn.Embedding)
     )
     assert sizes[8] - sizes[4] == pytest.approx(codes / 2, rel=0.02)  # all but the few that no group divides
 
