@@ -64,12 +64,13 @@ def smooth(model: Any, formats: Mapping[str, Format], batches: MakeBatches | Non
         seen = _seen(model, folds, batches, asked)
     found: dict[Fold, Tensor] = {}
     before, after = 0.0, 0.0
-    for fold, read in seen.items():
-        scales, was, becomes = _best(model, fold, formats, read)
+    for fold in folds:
+        scales, was, becomes = _best(model, fold, formats, seen.get(fold))
+        scales = agreed(scales).to(scales.device)  # whatever tokens a process saw
         before, after = before + was, after + becomes
         if bool((scales != 1).any()):
-            found[fold] = agreed(scales).to(scales.device)
-            scale(model, fold, found[fold])
+            scale(model, fold, scales)
+            found[fold] = scales
     line = (
         "%s: scales moved in %d of %d places; rounded plainly, outputs are off by %.3g of their mean square, and were by %.3g."
     )
@@ -143,7 +144,7 @@ class _Answers:
         with ExitStack() as stack:
             for name in names:
                 hook = model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, name=name: read.update({name: args[0]})
+                    lambda _, args, name=name: read.update({name: args[0]} if args else {})
                 )
                 stack.callback(hook.remove)
             said = model(**example)
@@ -183,7 +184,8 @@ def _places(model: Any, example: dict[str, Tensor]) -> tuple[_Answers, list[list
     def heard(name: str, module: nn.Module, args: tuple[Any, ...], said: Any) -> None:
         ran[name] += 1
         if _is_linear(module):
-            read.setdefault(place(args[0]), []).append(name)
+            if args:  # one that is given its input by name is no reader, and what it reads then takes no scales
+                read.setdefault(place(args[0]), []).append(name)
         elif isinstance(said, Tensor):
             spoken[place(said)] = name
 
@@ -258,8 +260,12 @@ def _seen(model: Any, folds: list[Fold], batches: MakeBatches | None, asked: str
     return found
 
 
-def _best(model: Any, fold: Fold, formats: Mapping[str, Format], seen: _Read) -> tuple[Tensor, float, float]:
-    """Scales (columns,), and what plain rounding is off by without and with them, as a share of the outputs' mean square."""
+def _best(model: Any, fold: Fold, formats: Mapping[str, Format], seen: _Read | None) -> tuple[Tensor, float, float]:
+    """Scales (columns,), and what plain rounding is off by without and with them, as a share of the outputs' mean square; ones
+    where no token came."""
+    if seen is None:
+        reader: Any = model.get_submodule(fold.readers[0])
+        return reader.weight.new_ones(features(reader)[0], dtype=torch.float32), 0.0, 0.0
     layers = {name: model.get_submodule(name) for name in fold.readers if name in formats}
     weights = {name: _some_rows(layer) for name, layer in layers.items() if not formats[name].misfit(layer)}
     spread = (seen.squares / seen.tokens).sqrt()
