@@ -9,6 +9,7 @@ divided by s, or by a projection whose rows are. Columns that matter get a large
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,8 @@ STRENGTHS = tuple(step / 10 for step in range(1, 10))
 """Powers to which sizes of columns are raised in the search; no scales at all are tried too, so that nothing gets worse."""
 ROWS, OUTPUTS = 128, 512
 """Tokens, and rows of a weight, that a choice is judged by."""
+TOKENS = 32
+"""Of the text that a place is tried on."""
 INPUT_STEPS = 127
 """To either side of zero, of inputs that are rounded to 8 bits."""
 Place = tuple[int, int]
@@ -45,6 +48,11 @@ class Fold:
     readers: tuple[str, ...]
     how: Literal["scale", "one plus"] = "scale"
     """Whether what `source` says grows with its tensors, or, as in Gemma's norms, with one plus its weight."""
+
+    @property
+    def pattern(self) -> str:
+        """The same for the same place in every layer."""
+        return re.sub(r"\d+", "*", f"{self.source} {self.readers} {self.how}")
 
 
 @torch.no_grad()
@@ -101,21 +109,39 @@ def _put(module: Any, leaf: str, value: Tensor) -> None:
 def provable(model: Any, batch: dict[str, Tensor]) -> list[Fold]:
     """Where scales change nothing, found by trying them on one example of a batch: for each tensor that Linear or Conv1D layers
     read, by the norm that says it, or by a projection of the same width a little before."""
-    example = next(singles(model, {name: value for name, value in batch.items() if name != "labels"}))
+    example = _short(next(singles(model, {name: value for name, value in batch.items() if name != "labels"})))
     before, places = _places(model, example)
+    alike: dict[str, bool] = {}
     proven: list[Fold] = []
     while places := [place for place in places if place]:
         tried = [place.pop(0) for place in places]
-        holding = _holding(model, example, before, tried)
+        for fold in tried:  # what does not hold in the first layer is not tried in the others
+            if fold.pattern not in alike:
+                alike[fold.pattern] = bool(_holding(model, example, before, [fold]))
+        holding = _holding(model, example, before, [fold for fold in tried if alike[fold.pattern]])
         proven += holding
         places = [place for fold, place in zip(tried, places, strict=True) if fold not in holding]
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return sorted(proven, key=lambda fold: order[fold.readers[0]])
 
 
+def _short(example: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first tokens of a text are enough, padding left out."""
+    ids = example.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return example
+    mask = example.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        return example
+    kept = mask[0].nonzero().flatten()[:TOKENS]
+    return {name: value[:, kept] if value.shape == ids.shape else value for name, value in example.items()}
+
+
 def _holding(model: Any, example: dict[str, Tensor], before: _Answers, folds: list[Fold]) -> list[Fold]:
     """Those after which readers read what they did, over the scales, and the model says what it did: all at once if they are
     so, else by halves."""
+    if not folds:
+        return []
     chance = torch.Generator().manual_seed(len(folds))
     with _given_back(model, folds):
         expected = _Answers(before.said)
