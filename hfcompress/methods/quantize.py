@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -13,16 +12,16 @@ from hfcompress.calibration.allocation import Target, least_harm
 from hfcompress.calibration.batches import MakeBatches
 from hfcompress.calibration.codes import Stage
 from hfcompress.calibration.formats import BitsAndBytes4, BitsAndBytes8, Format, Ours
-from hfcompress.calibration.grid import Codes, Grid
-from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes, codes_without_data
+from hfcompress.calibration.layer_codes import NEED_NO_DATA
 from hfcompress.calibration.other_layers import coded_convolutions, coded_tables
 from hfcompress.calibration.second_moments import DAMPING
 from hfcompress.calibration.smoothing import smooth
+from hfcompress.calibration.stored_layers import store_layers, stored_alone
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.layers import KINDS, dense_form, holds_codes, kind_of
+from hfcompress.layers import KINDS, holds_codes, kind_of
 from hfcompress.methods.base import LayerEdits, Method, Tick
-from hfcompress.surgery.modules import check_editable, forget_codes, swap
-from hfcompress.surgery.targets import by_pattern, codable, codable_convolutions, coded_linears, matching, readable
+from hfcompress.surgery.modules import check_editable, swap
+from hfcompress.surgery.targets import by_pattern, codable, codable_convolutions, coded_linears, matching
 
 log = logging.getLogger("hfcompress")
 QUANTISED = "quantize: no dense linear layer is left in the model; it is quantised already."
@@ -186,21 +185,14 @@ class Quantize(Method):
 
         def edit(name: str) -> None:
             if name in formats:
-                swap(model, name, self._without_data(name, model.get_submodule(name), formats[name]))
+                layer = model.get_submodule(name)
+                swap(model, name, stored_alone(name, layer, formats[name], self._stage, "quantize"))
 
         def rest(_: Collection[str]) -> None:
             for name, new in self._others(model).items() if waiting else ():
                 swap(model, name, new)
 
         return LayerEdits(formats, edit, waiting, rest)
-
-    def _without_data(self, name: str, layer: nn.Module, storing: Format) -> nn.Module:
-        grid = storing.grid(layer) if self.calibrate else None
-        if grid is None:
-            return storing.rounded(layer)
-        return storing.of_codes(
-            layer, codes_without_data(name, layer, grid, self._stage, f"quantize: calibrate: {self._stage}")
-        )
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
@@ -216,7 +208,7 @@ class Quantize(Method):
             formats = self._within_target(model, names, others, batches)
         for name, new in others.items():
             swap(model, name, new)
-        self._code_linears(model, formats, batches)
+        store_layers(model, formats, self._stage, batches, self.damping, "quantize")
 
     def _batches(self, model: nn.Module, task: Any) -> MakeBatches | None:
         if task is not None and getattr(task, "has_data", True):
@@ -322,34 +314,6 @@ class Quantize(Method):
             coded=coded,
             swaps=self.swaps,
         )
-
-    def _code_linears(self, model: Any, formats: dict[str, Format], batches: MakeBatches | None) -> None:
-        grids = {name: storing.grid(model.get_submodule(name)) for name, storing in formats.items()}
-        chosen = [name for name in formats if self.calibrate and grids[name] is not None]
-        biases: dict[str, Any] = {}
-        again, dtype = readable(model, formats, "quantize"), model.dtype
-
-        def grid_of(layer: nn.Module) -> Grid:
-            return by_layer[id(layer)]
-
-        def put(name: str, found: Codes) -> None:
-            new: Any = formats[name].of_codes(dense_form(model.get_submodule(name), dtype), found)
-            biases[name] = new.bias
-            new.bias = deepcopy(new.bias)  # which bitsandbytes casts to compute_dtype, in place, whenever the layer runs
-            swap(model, name, new)
-
-        for name in formats:
-            if name not in chosen:
-                swap(model, name, formats[name].rounded(dense_form(model.get_submodule(name), dtype)))
-        by_layer: dict[int, Any] = {id(model.get_submodule(name)): grids[name] for name in chosen}
-        if chosen:
-            asked = f"quantize: calibrate: {self._stage}"
-            calibrated_codes(model, chosen, grid_of, batches, self._stage, put, self.damping, asked)
-        for name, bias in biases.items():
-            layer: Any = model.get_submodule(name)
-            layer.bias = bias
-        if again:
-            forget_codes(model)
 
     def _others(self, model: nn.Module) -> dict[str, nn.Module]:
         """What takes the places of embeddings and convolutions."""
