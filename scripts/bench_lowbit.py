@@ -6,7 +6,7 @@ take away (SmolLM2-135M, taken off the 4-bit grid that its file holds, on news a
 write then? Everything comes from packages, nothing from the Hub. About two hours on two cores; what is
 done is kept in out/bench-lowbit.
 
-    python scripts/bench_lowbit.py [bbc] [newsgroups] [smol] [writing] [--seeds 1 2 3]
+    python scripts/bench_lowbit.py [bbc] [newsgroups] [smol] [writing] [--only "NF4, smooth (AWQ)"] [--seeds 1 2 3]
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "NF4": PLAIN,
     "NF4, error feedback": {**PLAIN, "calibrate": "feedback"},
     "NF4, scales searched (no data)": {**PLAIN, "calibrate": "scales"},
+    "NF4, smooth (AWQ)": {**PLAIN, "smooth": True},
+    "NF4, smooth, error feedback": {**PLAIN, "smooth": True, "calibrate": "feedback"},
     "hfcompress, 8 bits, embeddings too": INT8,
+    "hfcompress, 8 bits, embeddings too, smooth (SmoothQuant)": {**INT8, "smooth": True},
     "hfcompress, 4 bits, groups of 64 (4.25 bits)": {**OURS, "bits": 4, "group_size": 64, "samples": 32},
     "hfcompress, 4 and 8 bits, groups of 128, target_bits: 4.25": {
         **OURS,
@@ -150,16 +153,21 @@ def smol(kept: Kept, given: argparse.Namespace) -> None:
         kept.once(told, lambda: coded(task, LANGUAGE[name], sources[source or "news"], seed, given.samples))
 
     for name, fields in LANGUAGE.items():
-        one(name, "news" if fields.get("calibrate", "scales") != "scales" else "", given.seeds[0])
-    for source in sources:
+        if given.only is None or name in given.only:
+            one(name, "news" if reads_data(fields) else "", given.seeds[0])
+    for source in sources if given.only is None else ():
         for seed in given.seeds:
             one(SEVERAL, source, seed)
+
+
+def reads_data(fields: dict[str, Any]) -> bool:
+    return fields.get("calibrate", "scales") != "scales" or bool(fields.get("smooth"))
 
 
 def coded(task: Any, fields: dict[str, Any], data: Any, seed: int, samples: int) -> dict[str, Any]:
     model = load(task, off_grid())
     began = time.monotonic()
-    with_data = {"samples": samples} if fields.get("calibrate", "scales") != "scales" else {}
+    with_data = {"samples": samples} if reads_data(fields) else {}
     Quantize(**{**with_data, **fields}).run(model, Shuffled(data, seed) if with_data else None)
     return scored(task, model, (time.monotonic() - began) / 60)
 
@@ -272,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the parts asked for, keep the figures of the others, and write the page from all."""
     parser = argparse.ArgumentParser(description="The measured tables of docs/lowbit.md.")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all if none is named")
+    parser.add_argument("--only", nargs="+", choices=list(LANGUAGE), help="rows of the language model")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens that calibrate looks at")
     given = parser.parse_args(argv)

@@ -24,6 +24,10 @@ class Format(Protocol):
     def bits(self) -> int:
         """Of a code."""
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what a layer reads is rounded to 8 bits too."""
+
     def holds(self, layer: nn.Module) -> bool:
         """Whether a layer is stored so."""
 
@@ -49,6 +53,7 @@ class BitsAndBytes4:
     compute_dtype: str | None
     blocksize: int
     bits: ClassVar[int] = 4
+    rounds_inputs: ClassVar[bool] = False
 
     def holds(self, layer: Any) -> bool:
         if kind_of(layer) != "linear_4bit":
@@ -83,6 +88,7 @@ class BitsAndBytes8:
 
     threshold: float
     bits: ClassVar[int] = 8
+    rounds_inputs: ClassVar[bool] = True
 
     def holds(self, layer: nn.Module) -> bool:
         return kind_of(layer) == "linear_8bit"
@@ -107,6 +113,10 @@ class Ours:
     bits: int
     group_size: int | None
     symmetric: bool
+
+    @property
+    def rounds_inputs(self) -> bool:
+        return self.bits == 8
 
     def holds(self, layer: nn.Module) -> bool:
         own = (self.bits, self.group_size, self.symmetric)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -13,15 +12,16 @@ from hfcompress.calibration.allocation import Target, least_harm
 from hfcompress.calibration.batches import MakeBatches
 from hfcompress.calibration.codes import Stage
 from hfcompress.calibration.formats import BitsAndBytes4, BitsAndBytes8, Format, Ours
-from hfcompress.calibration.grid import Codes, Grid
-from hfcompress.calibration.layer_codes import NEED_NO_DATA, calibrated_codes, codes_without_data
+from hfcompress.calibration.layer_codes import NEED_NO_DATA
 from hfcompress.calibration.other_layers import coded_convolutions, coded_tables
 from hfcompress.calibration.second_moments import DAMPING
+from hfcompress.calibration.smoothing import smooth
+from hfcompress.calibration.stored_layers import store_layers, stored_alone
 from hfcompress.checkpoint.errors import CompressionError
-from hfcompress.layers import KINDS, dense_form, holds_codes, kind_of
+from hfcompress.layers import KINDS, holds_codes, kind_of
 from hfcompress.methods.base import LayerEdits, Method, Tick
-from hfcompress.surgery.modules import check_editable, forget_codes, swap
-from hfcompress.surgery.targets import by_pattern, codable, codable_convolutions, coded_linears, matching, readable
+from hfcompress.surgery.modules import check_editable, swap
+from hfcompress.surgery.targets import by_pattern, codable, codable_convolutions, coded_linears, matching
 
 log = logging.getLogger("hfcompress")
 QUANTISED = "quantize: no dense linear layer is left in the model; it is quantised already."
@@ -32,14 +32,15 @@ class Quantize(Method):
     """Store linear layers, and embeddings and convolutions if asked for, as 8- or 4-bit codes; codes again in fewer bits.
 
     Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters and what heal names may train;
-        calibration data, if calibrate is more than scales, or if a target decides the bits.
+        calibration data, if calibrate is more than scales, if smooth is asked for, or if a target decides the bits.
     Buys: a quarter (8 bits) or an eighth (4 bits) of the float32 size of the layers; time with engine hfcompress in 8 bits,
         where the processor multiplies bytes.
     Costs: half a step of rounding a weight, at most, if not calibrated; time, where unpacking outweighs the smaller reads (see
         the report).
     Paper: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314); rows of inputs rounded as they
         come: Yao et al. 2022, ZeroQuant (arXiv 2206.01861); feedback: Frantar et al. 2022, GPTQ (arXiv 2210.17323); rounding:
-        Behdin et al. 2023, QuantEase (arXiv 2309.01885); targets: Dong et al. 2020, HAWQ-V2 (arXiv 1911.03852)
+        Behdin et al. 2023, QuantEase (arXiv 2309.01885); smooth: Xiao et al. 2022, SmoothQuant (arXiv 2211.10438), Lin et al.
+        2023, AWQ (arXiv 2306.00978); targets: Dong et al. 2020, HAWQ-V2 (arXiv 1911.03852)
     """
 
     edits: ClassVar[frozenset[str]] = frozenset({"codes"})
@@ -110,7 +111,12 @@ class Quantize(Method):
         "diagonal: the same, columns weighted by what they multiply on samples; feedback, or true: then each column makes up "
         "for the rounding of those before it (GPTQ); rounding: then each code once more beside all others.",
     )
-    samples: int = Field(default=128, ge=1, description="Of calibrate and targets: training examples to look at.")
+    smooth: bool = Field(
+        default=False,
+        description="Before that: scale columns up where rounding hurts, and what comes before them down by as much, in powers "
+        "of two, so that the model computes the same (SmoothQuant, AWQ); chosen by what layers say on samples.",
+    )
+    samples: int = Field(default=128, ge=1, description="Of calibrate, smooth and targets: training examples to look at.")
     damping: float = Field(default=DAMPING, ge=0, description="Of calibrate: the ridge, as a share of the mean second moment.")
     target_modules: list[str] | None = Field(default=None, description="Suffixes of module names; all linear layers if absent.")
     skip_modules: list[str] = Field(
@@ -136,7 +142,7 @@ class Quantize(Method):
                 "calibrate chooses codes of 4 bits, and those of 8 bits are bitsandbytes' own, a scale for a whole row; remove "
                 "calibrate or set bits: 4"
             )
-        idle = {"damping"} | (set() if self._has_target else {"samples"})
+        idle = {"damping"} | (set() if self._has_target or self.smooth else {"samples"})
         if (idle := idle & given) and self._stage in NEED_NO_DATA:
             raise ValueError(
                 f"{' and '.join(sorted(idle))} belong to calibrate: diagonal, feedback or rounding; set one of "
@@ -171,7 +177,7 @@ class Quantize(Method):
 
     @property
     def by_layer(self) -> bool:
-        return not self._has_target and self._stage in NEED_NO_DATA
+        return not self._has_target and not self.smooth and self._stage in NEED_NO_DATA
 
     def layer_edits(self, model: nn.Module) -> LayerEdits:
         waiting = list(self._others(model))  # read whole, as a checkpoint may part what a config ties
@@ -179,21 +185,14 @@ class Quantize(Method):
 
         def edit(name: str) -> None:
             if name in formats:
-                swap(model, name, self._without_data(name, model.get_submodule(name), formats[name]))
+                layer = model.get_submodule(name)
+                swap(model, name, stored_alone(name, layer, formats[name], self._stage, "quantize"))
 
         def rest(_: Collection[str]) -> None:
             for name, new in self._others(model).items() if waiting else ():
                 swap(model, name, new)
 
         return LayerEdits(formats, edit, waiting, rest)
-
-    def _without_data(self, name: str, layer: nn.Module, storing: Format) -> nn.Module:
-        grid = storing.grid(layer) if self.calibrate else None
-        if grid is None:
-            return storing.rounded(layer)
-        return storing.of_codes(
-            layer, codes_without_data(name, layer, grid, self._stage, f"quantize: calibrate: {self._stage}")
-        )
 
     @contextmanager
     def applied(self, model: nn.Module, task: Any) -> Iterator[Tick | None]:
@@ -202,13 +201,14 @@ class Quantize(Method):
         others = self._others(model)
         names = self._targets(model, alone=not others)
         batches = self._batches(model, task)
+        formats = {} if self._has_target else self._fitting(model, self._due(model, names, alone=not others))
+        if self.smooth:
+            smooth(model, formats or dict.fromkeys(names, self._format(4)), batches, "quantize: smooth")
         if self._has_target:
             formats = self._within_target(model, names, others, batches)
-        else:
-            formats = self._fitting(model, self._due(model, names, alone=not others))
         for name, new in others.items():
             swap(model, name, new)
-        self._code_linears(model, formats, batches)
+        store_layers(model, formats, self._stage, batches, self.damping, "quantize")
 
     def _batches(self, model: nn.Module, task: Any) -> MakeBatches | None:
         if task is not None and getattr(task, "has_data", True):
@@ -222,6 +222,10 @@ class Quantize(Method):
             raise CompressionError(
                 f"quantize: calibrate: {self._stage} needs calibration data; give a task or batches, with or without labels, "
                 f"or choose calibrate: scales."
+            )
+        if self.smooth:
+            raise CompressionError(
+                "quantize: smooth needs calibration data; give a task or batches, with or without labels, or leave smooth out."
             )
         return None
 
@@ -310,34 +314,6 @@ class Quantize(Method):
             coded=coded,
             swaps=self.swaps,
         )
-
-    def _code_linears(self, model: Any, formats: dict[str, Format], batches: MakeBatches | None) -> None:
-        grids = {name: storing.grid(model.get_submodule(name)) for name, storing in formats.items()}
-        chosen = [name for name in formats if self.calibrate and grids[name] is not None]
-        biases: dict[str, Any] = {}
-        again, dtype = readable(model, formats, "quantize"), model.dtype
-
-        def grid_of(layer: nn.Module) -> Grid:
-            return by_layer[id(layer)]
-
-        def put(name: str, found: Codes) -> None:
-            new: Any = formats[name].of_codes(dense_form(model.get_submodule(name), dtype), found)
-            biases[name] = new.bias
-            new.bias = deepcopy(new.bias)  # which bitsandbytes casts to compute_dtype, in place, whenever the layer runs
-            swap(model, name, new)
-
-        for name in formats:
-            if name not in chosen:
-                swap(model, name, formats[name].rounded(dense_form(model.get_submodule(name), dtype)))
-        by_layer: dict[int, Any] = {id(model.get_submodule(name)): grids[name] for name in chosen}
-        if chosen:
-            asked = f"quantize: calibrate: {self._stage}"
-            calibrated_codes(model, chosen, grid_of, batches, self._stage, put, self.damping, asked)
-        for name, bias in biases.items():
-            layer: Any = model.get_submodule(name)
-            layer.bias = bias
-        if again:
-            forget_codes(model)
 
     def _others(self, model: nn.Module) -> dict[str, nn.Module]:
         """What takes the places of embeddings and convolutions."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,18 @@ def served(model: Any, to: str, folder: Path, **fields: Any) -> tuple[Any, Serve
     return source, Served(folder)
 
 
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], tuple[Any, Path]]:
+    """The source and the folder of an export, made once: tracing takes ten seconds and more."""
+
+    @functools.cache
+    def made(kind: str, how: str, to: str) -> tuple[Any, Path]:
+        folder = tmp_path_factory.mktemp(f"{kind}-{how}-{to}")
+        return served(compressed(kind, how), to, folder)[0], folder
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
@@ -55,9 +70,9 @@ def served(model: Any, to: str, folder: Path, **fields: Any) -> tuple[Any, Serve
     ],
 )
 @pytest.mark.parametrize("to", ["openvino", "onnx"])
-def test_an_export_says_what_pytorch_says(to: str, kind: str, how: str, tmp_path: Path) -> None:
-    source, found = served(compressed(kind, how), to, tmp_path)
-    told = agreement(source, found)  # batches of 1 to 9, texts of 5 to 60 tokens
+def test_an_export_says_what_pytorch_says(to: str, kind: str, how: str, exports: Any) -> None:
+    source, folder = exports(kind, how, to)
+    told = agreement(source, Served(folder))  # batches of 1 to 9, texts of 5 to 60 tokens
     assert told["off"] <= ALLOWED
     if source.model.can_generate():
         assert told["same_tokens"] == 1.0
@@ -78,37 +93,38 @@ def test_a_classifier_of_an_encoder_decoder_is_one_graph(tmp_path: Path) -> None
     assert told["graphs"] == ["model"] and agreement(source, Served(tmp_path))["off"] <= ALLOWED
 
 
-def test_codes_stay_codes_in_the_file(tmp_path: Path) -> None:
-    _, dense = served(compressed("bert", "dense"), "openvino", tmp_path / "dense")
-    _, coded = served(compressed("bert", "codes"), "openvino", tmp_path / "codes")
-    assert coded.weight_count["bytes"] < 0.4 * dense.weight_count["bytes"]
-    assert weight_bytes(tmp_path / "codes") == coded.weight_count["bytes"]
+def test_codes_stay_codes_in_the_file(exports: Any) -> None:
+    dense, coded = (exports("bert", how, "openvino")[1] for how in ("dense", "codes"))
+    assert weight_bytes(coded) < 0.4 * weight_bytes(dense)
+    assert Served(coded).weight_count["bytes"] == weight_bytes(coded)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_of_four_bits_take_four_bits_in_openvino(symmetric: bool, tmp_path: Path) -> None:
     sizes = {}
     for bits in (8, 4):
-        model = tiny_model("bert")
+        model = tiny_model("bert", layers=1)
         how = {"engine": "hfcompress", "group_size": 32, "symmetric": symmetric}
         Quantize(bits=bits, embeddings=bits, **how).run(model, None)
         source, found = served(model.eval(), "openvino", tmp_path / str(bits))
         assert agreement(source, found)["off"] <= ALLOWED
         sizes[bits] = weight_bytes(tmp_path / str(bits))
     codes = sum(
-        one.weight.numel() for one in tiny_model("bert").modules() if isinstance(one, torch.nn.Linear | torch.nn.Embedding)
+        one.weight.numel()
+        for one in tiny_model("bert", layers=1).modules()
+        if isinstance(one, torch.nn.Linear | torch.nn.Embedding)
     )
     assert sizes[8] - sizes[4] == pytest.approx(codes / 2, rel=0.02)  # all but the few that no group divides
 
 
-def test_openvino_chooses_its_precision_but_where_logits_are_compared(tmp_path: Path) -> None:
+def test_openvino_chooses_its_precision_but_where_logits_are_compared(exports: Any) -> None:
     import openvino
 
-    served(compressed("bert", "dense"), "openvino", tmp_path)
-    graph = openvino.Core().read_model(tmp_path / "openvino_model.xml")
+    folder = exports("bert", "dense", "openvino")[1]
+    graph = openvino.Core().read_model(folder / "openvino_model.xml")
     assert not graph.has_rt_info(["runtime_options", "INFERENCE_PRECISION_HINT"])
     assert graph.has_rt_info(["runtime_options", "KV_CACHE_PRECISION"])
-    runner = Served(tmp_path, in_float32=True).exported.runners["model"]
+    runner = Served(folder, in_float32=True).exported.runners["model"]
     assert runner.compiled_model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
 
 
@@ -143,12 +159,13 @@ def test_executorch_refuses_what_goes_on_with_a_cache(tmp_path: Path) -> None:
     )
 
 
-def test_the_check_notices_what_differs(tmp_path: Path) -> None:
-    source, found = served(tiny_model("bert"), "openvino", tmp_path)
+def test_the_check_notices_what_differs(exports: Any) -> None:
+    source, folder = exports("bert", "dense", "openvino")
+    other = copy.deepcopy(source.model)
     with torch.no_grad():
-        source.model.classifier.bias += 0.1
+        other.classifier.bias += 0.1
     with pytest.raises(CompressionError, match="the graph computes other logits than PyTorch"):
-        agreement(source, found)
+        agreement(dataclasses.replace(source, model=other), Served(folder))
 
 
 @pytest.mark.parametrize("keep_codes", [True, False])

@@ -88,6 +88,7 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Quantize(8, threshold=6.0),
         Quantize(4, calibrate="rounding", use_double_quant=False, samples=16),
         Quantize(8, engine="hfcompress", embeddings=8),
+        Quantize(4, smooth=True, samples=8),
         Quantize(4, engine="hfcompress", calibrate=True, samples=16),
         Quantize(engine="hfcompress", target_bits=6, samples=8),
         Quantize(4, engine="hfcompress", group_size=16, symmetric=False, embeddings=4, bits_pattern={r".*\.0\..*": 8}),
