@@ -51,8 +51,10 @@ class Fold:
 
     @property
     def pattern(self) -> str:
-        """The same for the same place in every layer."""
-        return re.sub(r"\d+", "*", f"{self.source} {self.readers} {self.how}")
+        """The same for the same place in every layer: equal numbers are equal letters."""
+        numbers: dict[str, str] = {}
+        told = f"{self.source} {self.readers} {self.how}"
+        return re.sub(r"\d+", lambda found: numbers.setdefault(found[0], f"<{len(numbers)}>"), told)
 
 
 @torch.no_grad()
