@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from bench_prune import Cells, Kept, fine_tuned
 from demo import CLASSIFY, MINILM, NEWS, NOVEL, SMOL, posts, sentence
@@ -28,6 +27,7 @@ from hfcompress.checkpoint.artifact import load
 from hfcompress.results.measure import machine, weigh
 from hfcompress.results.timing import least_and_median, timed_forward
 from hfcompress.run.recipe import task_from
+from hfcompress.tasks.metrics import gain
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DOCS = ROOT / "out" / "bench-lowbit", ROOT / "docs"
@@ -81,9 +81,9 @@ def encoder(kept: Kept, part: str, task: Any, path: str) -> None:
         told: dict[str, Any] = {"megabytes": weigh(model)["bytes"] / 1e6, "accuracy": float(right.mean()), "minutes": minutes}
         if name != "as it came":
             first = predicted["as it came"]
-            gain = right.astype(float) - (first["predictions"] == first["references"])
-            draws = np.random.default_rng(0).integers(0, len(gain), (2000, len(gain)))
-            told["interval"] = [float(end) for end in np.quantile(gain[draws].mean(1), (0.025, 0.975))]
+            apart = gain("accuracy", columns, first)
+            assert apart is not None
+            told["interval"] = list(apart.interval)
             told["agreement"] = float((columns["predictions"] == first["predictions"]).mean())
             times = {batch: in_turns(whole, model, task, batch) for batch in BATCHES}
             told["ms"] = {str(batch): found for batch, found in times.items()}

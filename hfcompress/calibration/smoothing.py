@@ -303,7 +303,11 @@ def _best(model: Any, fold: Fold, formats: Mapping[str, Format], seen: _Read | N
         for strength in STRENGTHS:
             ways += [_powers(spread**strength), _powers(seen.peaks**strength / largest ** (1 - strength))]
     tried = list({tuple(scales.tolist()): scales for scales in ways}.values())
-    errors = [sum(_off(weights[name], formats[name], seen.rows, scales) for name in weights) for scales in tried]
+    expected = {name: seen.rows @ weight.T for name, weight in weights.items()}
+    errors = [
+        sum(_off(weight, formats[name], seen.rows, expected[name], scales) for name, weight in weights.items())
+        for scales in tried
+    ]
     best = min(range(len(errors)), key=errors.__getitem__)
     return tried[best], errors[0] / max(1, len(weights)), errors[best] / max(1, len(weights))
 
@@ -316,13 +320,13 @@ def _powers(sizes: Tensor) -> Tensor:
 
 def _some_rows(layer: Any) -> Tensor:
     """(out, in), float32: rows of a weight, as many as judge a choice."""
-    weight = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+    weight = KINDS[kind_of(layer) or ""].dequantised(layer)
     step = max(1, len(weight) // OUTPUTS)
     return weight[::step][:OUTPUTS].float() if step > 1 else weight.float()
 
 
-def _off(weight: Tensor, storing: Format, rows: Tensor, scales: Tensor) -> float:
-    """Mean square of what the outputs of `rows` are off by, as a share of their own."""
+def _off(weight: Tensor, storing: Format, rows: Tensor, expected: Tensor, scales: Tensor) -> float:
+    """Mean square of what the outputs of `rows` are off by from those `expected`, as a share of these."""
     layer = nn.Linear(weight.shape[1], len(weight), bias=False, device=weight.device)
     layer.weight = nn.Parameter(weight * scales, requires_grad=False)
     stored: Any = storing.rounded(layer)
@@ -330,6 +334,5 @@ def _off(weight: Tensor, storing: Format, rows: Tensor, scales: Tensor) -> float
     if storing.rounds_inputs:
         step = read.abs().amax(1, keepdim=True).clamp_min(1e-12) / INPUT_STEPS
         read = (read / step).round() * step
-    expected = rows @ weight.T
     found = read @ KINDS[kind_of(stored) or ""].dequantised(stored).to(read).T
     return float((found - expected).square().sum() / expected.square().sum().clamp_min(1e-30))

