@@ -19,7 +19,7 @@ from hfcompress.export.base import Format, Source
 from hfcompress.export.graphs import MODEL, cached_layers, graphs_of, writes
 from hfcompress.export.openvino_graph import free_precision, pack_nibbles
 from hfcompress.export.plain import plain
-from hfcompress.layers.kernels import steps
+from hfcompress.layers.kernels import FULL, levels
 
 
 class Traced(Format):
@@ -148,7 +148,7 @@ class Onnx(Traced):
     def quantizer(self, samples: list[dict[str, Any]]) -> Any:
         from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
-        how = OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=steps() < 127, op_types_to_quantize=["MatMul", "Gemm"])
+        how = OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=levels() < FULL, op_types_to_quantize=["MatMul", "Gemm"])
         return OnnxRuntimeQuantizer(how)
 
     def snippet(self, name: str) -> str:

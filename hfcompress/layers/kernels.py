@@ -1,9 +1,10 @@
 """Products with codes, by whatever is fastest here: integers, codes unpacked on the way, or a dense product.
 
-`integers`, of 8 bits, rounds every row of the input by its own largest value, so that no example feels the others of its batch,
-to as many steps as this processor adds up without overflow; the product of the codes is exact then. It moves outputs by about
-1 % of their norm where there are 127 steps to either side, 2 % where there are 63. Of rows with outliers, which that would
-round by more than `ROUGH` of their own norm, what is left over is rounded and multiplied as well: language models live on them.
+`integers`, of 8 bits, rounds every row of the input between its own least and largest value, so that no example feels the
+others of its batch, to as many levels as this processor adds up without overflow; the product of the codes is exact then. It
+moves outputs by less than 1 % of their norm where there are 255 steps from end to end, 2 % where there are 127. Of rows with
+outliers, which that would round by more than `ROUGH` of their own norm, what is left over is rounded and multiplied as well:
+language models live on them.
 
 `bytes`, of 8 bits, and `nibbles`, of 4, take the input, and scales, in bfloat16, add up in float32, and give bfloat16: they
 move outputs by at most 1 %, mostly 0.3 %; on CUDA devices too, where a model was switched to inference. A dense product takes
@@ -22,13 +23,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FEW, FEW_ON_CUDA = 4, 8
 """Rows up to which reading the weights is what takes the time."""
 GROUPS, ROWS = (32, 64, 128, 256), 16
 """How many columns may share a scale of `nibbles`, and what the number of outputs is a multiple of."""
-MANY = 2**26
-"""Products of numbers from which integers pay: below, calling oneDNN and rounding take longer than what they save."""
+MANY, MANY_PAIRS = 2**24, 2**26
+"""Products of numbers from which integers pay: below, calling oneDNN and rounding take longer than what they save. The second
+where they are added up in pairs, for want of VNNI or AMX."""
+FULL = 255
+"""Steps from end to end where integer products use all 8 bits of both factors."""
 SMALL = 2**18
 """Weights up to which a layer keeps them unpacked as well: the dense product is the fastest then. 1 MB in float32."""
 ROUGH = 0.06
@@ -37,25 +42,24 @@ _memory = threading.local()
 
 
 @cache
-def steps() -> int:
-    """How many steps an input may have to either side of zero: 127, 63, or 0 where oneDNN's integers are of no use.
+def levels() -> int:
+    """How many steps an input may have from end to end: FULL, 127, or 0 where oneDNN's integers are of no use.
 
     Tried, not read off the processor's flags: without VNNI, oneDNN adds pairs of products up in 16 bits, and gives results that
     are off by a tenth without a word if both factors use all of their 8 bits.
     """
     if platform.machine().lower() not in ("x86_64", "amd64", "i686") or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return 0
-    return next((count for count in (127, 63) if all(_is_exact(count, rows) for rows in (1, 33, 256))), 0)
+    return next((count for count in (FULL, 127) if all(_is_exact(count, rows) for rows in (1, 33, 256))), 0)
 
 
 def _is_exact(count: int, rows: int) -> bool:
     """Whether codes that are all at their ends are multiplied rightly."""
     source = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (rows + 64, 128), generator=source, dtype=torch.int32) * 2 - 1
-    x, w = signs[:rows] * count, (signs[rows:] * 127).to(torch.int8)
-    codes = (x + count + 1).to(torch.uint8)
+    ends = torch.randint(0, 2, (rows + 64, 128), generator=source, dtype=torch.int32)
+    x, w = ends[:rows] * count, ((ends[rows:] * 2 - 1) * 127).to(torch.int8)
     try:
-        found = _multiplied(codes, count + 1, prepack(w), torch.ones(64))
+        found = _multiplied(x.to(torch.uint8), prepack(w, torch.ones(64)))
     except (RuntimeError, NotImplementedError):  # a build of torch without oneDNN
         return False
     return torch.equal(found.double(), x.double() @ w.double().T)
@@ -63,7 +67,7 @@ def _is_exact(count: int, rows: int) -> bool:
 
 @cache
 def unpacks() -> bool:
-    """Whether this processor unpacks codes on the way as fast as it reads them: tried, as `steps` is."""
+    """Whether this processor unpacks codes on the way as fast as it reads them: tried, as `levels` is."""
     fast = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     if not fast or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return False
@@ -108,26 +112,33 @@ def kernel_for(x: Tensor, rows: int, weights: int, possible: Collection[str]) ->
     unpacking = next((kind for kind in ("bytes", "nibbles") if kind in possible and unpacks()), "dense")
     if rows <= FEW and not (whole and weights <= SMALL):
         return unpacking
-    if "integers" in possible and rows * weights >= MANY and steps() and not (weights <= SMALL and steps() < 127):
-        return "integers"
+    if "integers" in possible and levels():
+        pays = rows * weights >= MANY if levels() == FULL else rows * weights >= MANY_PAIRS and weights > SMALL
+        if pays:
+            return "integers"
     return "dense" if whole or not slow_bfloat16() else unpacking
 
 
-def by_integers(x: Tensor, prepacked: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., in) to (..., out), of codes that `prepack` laid out and the scale (out,) of each."""
-    codes, each, left = rounded_rows(x)
-    said = _multiplied(codes, steps() + 1, prepacked, scale)
-    said = said.mul_(each) if bias is None else torch.addcmul(bias.float(), said, each, out=said)
-    if left is not None:
-        said[left.rows] += _multiplied(left.codes, steps() + 1, prepacked, scale).mul_(left.each)
+def by_integers(x: Tensor, prepacked: Prepacked, bias: Tensor | None) -> Tensor:
+    """(..., in) to (..., out), of codes that `prepack` laid out."""
+    rounded = rounded_rows(x)
+    said = _worth(rounded, prepacked, bias)
+    if rounded.rest is not None:
+        said[rounded.rough] += _worth(rounded.rest, prepacked, None)
     return said.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _multiplied(codes: Tensor, zero: int, prepacked: Tensor, scale: Tensor) -> Tensor:
-    """(rows, out) float32, of uint8 codes (rows, in) in which `zero` stands for 0."""
-    none = torch.zeros(len(scale), dtype=torch.int32)
+def _worth(rows: Rounded, prepacked: Prepacked, bias: Tensor | None) -> Tensor:
+    """(rows, out) float32: what codes say, times their steps, and their least values times the sums of the weights."""
+    last = torch.zeros_like(prepacked.sums) if bias is None else bias.float()
+    return _multiplied(rows.codes, prepacked).mul_(rows.each).addmm_(rows.low, torch.stack([prepacked.sums, last]))
+
+
+def _multiplied(codes: Tensor, prepacked: Prepacked) -> Tensor:
+    """(rows, out) float32, of uint8 codes (rows, in)."""
+    none = torch.zeros(len(prepacked.scale), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise.default(
-        codes, 1.0, zero, prepacked, scale, none, None, 1.0, 0, torch.float32, "none", [], ""
+        codes, 1.0, 0, prepacked.codes, prepacked.scale, none, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -167,44 +178,67 @@ def _with_bias(said: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return said if bias is None else said + bias.to(x.dtype)
 
 
-def prepack(codes: Tensor) -> Tensor:
-    """(out, in) int8, in the order that oneDNN reads: it can't be saved."""
-    return torch.ops.onednn.qlinear_prepack(codes, None)
+class Prepacked(NamedTuple):
+    """Codes in the order that oneDNN reads, which can't be saved, the scale of each row, and the sum of each row's weights."""
 
-
-class Left(NamedTuple):
-    """What rounding leaves of some rows: their numbers, and codes and steps as `rounded_rows` gives them."""
-
-    rows: Tensor
     codes: Tensor
+    scale: Tensor
+    sums: Tensor
+
+
+def prepack(codes: Tensor, scale: Tensor) -> Prepacked:
+    """Of plain int8 codes (out, in) and scales (out,)."""
+    return Prepacked(torch.ops.onednn.qlinear_prepack(codes, None), scale, codes.sum(1) * scale)
+
+
+class Rounded(NamedTuple):
+    """Rows as codes: `codes * each + low[:, :1]`, and what that leaves of those rows for which it is too rough."""
+
+    codes: Tensor
+    """(rows, in) uint8"""
     each: Tensor
+    """(rows, 1) float32: what a step is worth"""
+    low: Tensor
+    """(rows, 2) float32: what a code of 0 stands for, and a one for the bias"""
+    rough: Tensor | None = None
+    rest: Rounded | None = None
 
 
-def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor, Left | None]:
-    """(rows, in) uint8 codes about `steps() + 1`, (rows, 1) what a step is worth, and what is left of rows for which that is
-    too rough, if there are any. Projections that read the same tensor share them."""
+def rounded_rows(x: Tensor) -> Rounded:
+    """Of (..., in). Projections that read the same tensor share them."""
     last = getattr(_memory, "last", None)
     fresh = not x.is_inference()  # else nothing tells whether somebody has written into it
     if fresh and last is not None and last[0]() is x and last[1] == x._version:
-        return last[2]
-    flat = x.detach().reshape(-1, x.shape[-1]).float()
-    most = torch.linalg.vector_norm(flat, math.inf, dim=-1, keepdim=True).clamp_min_(1e-30)
-    codes = (flat * (steps() / most)).add_(steps() + 1.5).to(torch.uint8)
-    each = most.div_(steps())
-    found = codes, each, _left(flat, codes, each)
+        return last[2]  # type: ignore[no-any-return]
+    flat = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+    found = _rounded(flat)
+    may = torch.linalg.vector_norm(flat, dim=-1, keepdim=True) * (
+        ROUGH * math.sqrt(12 / flat.shape[-1])
+    )  # even errors, a step wide
+    if not bool((found.each <= may).all()):
+        found = _mended(found, flat, may)
     _memory.last = (weakref.ref(x), x._version, found) if fresh else None
     return found
 
 
-def _left(flat: Tensor, codes: Tensor, each: Tensor) -> Left | None:
-    norm = torch.linalg.vector_norm(flat, dim=-1) / math.sqrt(flat.shape[-1])
-    rows = (each[:, 0] / math.sqrt(12) > ROUGH * norm).nonzero()[:, 0]  # even errors, a step wide
-    if not len(rows):
-        return None
-    wide, zero = each[rows], steps() + 1
-    fine = wide / (2 * steps())
-    rest = flat[rows].sub_(codes[rows].float().sub_(zero).mul_(wide)).div_(fine)
-    return Left(rows, rest.add_(zero + 0.5).clamp_(1, 2 * steps() + 1).to(torch.uint8), fine)
+def _rounded(flat: Tensor) -> Rounded:
+    """To the nearest of `levels()` even steps from the least to the largest of each row, in one pass of FBGEMM's."""
+    width = flat.shape[-1]
+    fused = torch.ops.quantized.embedding_bag_byte_prepack(flat)  # the codes of a row, its step, and its least value
+    codes, (each, low) = fused[:, :width], fused[:, width:].contiguous().view(torch.float32).split(1, 1)
+    if levels() < FULL:  # two neighbouring codes become one, which stands for the middle between them
+        codes, each, low = codes >> 1, each * 2, low + each / 2
+    return Rounded(codes, each, functional.pad(low, (0, 1), value=1.0))
+
+
+def _mended(found: Rounded, flat: Tensor, may: Tensor) -> Rounded:
+    """Rows whose steps are wider than they may be have their rest rounded as well; rows that hold no numbers say none."""
+    found = found._replace(each=found.each + may * 0)
+    rough = (found.each > may).nonzero()[:, 0]
+    if not len(rough):
+        return found
+    known = found.codes[rough] * found.each[rough] + found.low[rough, :1]
+    return found._replace(rough=rough, rest=_rounded(flat[rough] - known))
 
 
 def forget_rows() -> None:

@@ -157,7 +157,7 @@ class QuantLinear(Codes, nn.Linear):
     columns = "in_features"
     names = ("in_features", "out_features", "bias", "bits", "group_size", "symmetric")
     made = ("_prepacked", "_nibbles", "_unpacked")
-    _prepacked: Tensor | None
+    _prepacked: kernels.Prepacked | None
     _nibbles: tuple[Tensor, Tensor] | None
 
     def __init__(
@@ -214,15 +214,15 @@ class QuantLinear(Codes, nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """By the kernel that is fastest here; see `kernels`."""
         kept = self._unpacked
-        if kept is not None and kept.dtype == x.dtype == torch.float32 and kernels.steps() < 127:
+        if kept is not None and kept.dtype == x.dtype == torch.float32 and kernels.levels() < kernels.FULL:
             return functional.linear(x, kept, None if bias is None else bias.to(x.dtype))  # integers would gain nothing
         rows = x.numel() // max(x.shape[-1], 1)
         weights = self.in_features * self.out_features
         kernel = kernels.kernel_for(x, rows, weights, self._kernels) if rows and self._kernels else "dense"
         if kernel == "integers":
             if self._prepacked is None:
-                self._prepacked = kernels.prepack(self.weight.data[:, 0])
-            return kernels.by_integers(x, self._prepacked, self.scale[:, 0], bias)
+                self._prepacked = kernels.prepack(self.weight.data[:, 0], self.scale[:, 0])
+            return kernels.by_integers(x, self._prepacked, bias)
         if kernel == "bytes":
             return kernels.by_bytes(x, self.weight.data[:, 0], self.scale[:, 0], bias)
         if kernel == "nibbles":

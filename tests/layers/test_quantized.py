@@ -65,16 +65,19 @@ def test_rows_that_are_zero_tiny_or_equal_are_kept(bits: int, symmetric: bool) -
 
 
 def test_integers_add_up_exactly_with_codes_at_their_ends() -> None:
-    """Without VNNI, oneDNN is off by a tenth there if inputs use all of 8 bits: how many steps they have is found out."""
-    if not kernels.steps():
+    """Without VNNI, oneDNN is off by a tenth there if inputs use all of 8 bits: how many levels they have is found out."""
+    if not kernels.levels():
         assert kernels.kernel_for(given(9), 9, 2**30, ["integers"]) == "dense"
         return
     torch.manual_seed(0)
     for rows in (1, 5, 300):
         weight = (torch.randint(0, 2, (64, 256)) * 2 - 1) * 127
         x = (torch.randint(0, 2, (rows, 256)) * 2 - 1).float()
-        found = kernels.by_integers(x, kernels.prepack(weight.to(torch.int8)), torch.ones(64), None)
-        torch.testing.assert_close(found, x @ weight.float().T, rtol=1e-5, atol=1e-2)
+        found = kernels.by_integers(x, kernels.prepack(weight.to(torch.int8), torch.ones(64)), None)
+        rounded = kernels.rounded_rows(x)
+        meant = rounded.codes * rounded.each + rounded.low[:, :1]
+        assert int(rounded.codes.max()) == kernels.levels() and int(rounded.codes.min()) == 0
+        torch.testing.assert_close(found, meant @ weight.float().T, rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -85,37 +88,50 @@ def test_every_kernel_says_what_the_dense_product_says(
 ) -> None:
     layer = QuantLinear.from_linear(linear(dtype, bias), *codes)
     unpacking = ["nibbles" if codes[0] == 4 else "bytes"] if kernels.unpacks() else []
-    kinds = ["dense", *unpacking, *(["integers"] if codes[0] == 8 and kernels.steps() else [])]
+    kinds = ["dense", *unpacking, *(["integers"] if codes[0] == 8 and kernels.levels() else [])]
     for size in ((), (1,), (2, 3), (2, 150)):
         x = given(*size, dtype=dtype)
         expected = functional.linear(x.double(), layer.dequantised().double(), layer.bias.double() if bias else None).to(dtype)
         for kind in kinds:
             monkeypatch.setattr(kernels, "kernel_for", lambda *_, kind=kind: kind)
-            allowed = {"dense": 1e-6, "integers": 0.02 if kernels.steps() < 127 else 0.01}.get(kind, 1e-2)
+            allowed = {"dense": 1e-6, "integers": 0.02 if kernels.levels() < kernels.FULL else 0.01}.get(kind, 1e-2)
             assert off(layer(x), expected) < max(allowed, 4 * torch.finfo(dtype).eps), (kind, size)
 
 
+@pytest.mark.parametrize("count", [127, kernels.FULL])
+def test_rows_are_rounded_to_half_a_step_from_end_to_end(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(kernels, "levels", lambda: count)
+    torch.manual_seed(0)
+    rows = torch.randn(9, 40) * torch.logspace(-3, 3, 9)[:, None] + torch.linspace(-30, 30, 9)[:, None]
+    rows[0], rows[1], rows[2, 5:] = 0.0, -7.5, 7e-5  # nothing, one value, tiny values
+    codes, each, low, *_ = kernels.rounded_rows(rows)
+    assert codes.dtype == torch.uint8 and int(codes.max()) <= count and torch.equal(low[:, 1], torch.ones(9))
+    said = codes * each + low[:, :1]
+    width = (rows.amax(-1) - rows.amin(-1)) / count
+    assert bool(((said - rows).abs().amax(-1) <= 0.51 * width + 1e-6 * rows.abs().amax(-1)).all())
+
+
 def test_rows_with_outliers_are_rounded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.steps():
+    if kernels.levels():
         monkeypatch.setattr(kernels, "kernel_for", lambda *_: "integers")
     torch.manual_seed(0)
-    layer, x = QuantLinear.from_linear(nn.Linear(1024, OUT)), torch.randn(2, 5, 1024)
-    x[1, 3, 7] = 300.0
+    layer, x = QuantLinear.from_linear(nn.Linear(4096, OUT)), torch.randn(2, 5, 4096)
+    x[1, 3, 7], x[1, 3, 8] = 300.0, -300.0
     expected, found = functional.linear(x, layer.dequantised(), layer.bias), layer(x)
     half = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16())
     assert half.dtype == torch.bfloat16
     for one, other in ((found, expected), (half.float(), expected)):
         assert off(one[1, 3], other[1, 3]) < 5e-3
-    if kernels.steps():
-        left = kernels.rounded_rows(x)[2]
-        assert left is not None and left.rows.tolist() == [8]
+    if kernels.levels():
+        rounded = kernels.rounded_rows(x)
+        assert rounded.rest is not None and rounded.rough is not None and rounded.rough.tolist() == [8]
         monkeypatch.setattr(kernels, "ROUGH", 9.0)
         kernels.forget_rows()
         assert off(layer(x)[1, 3], expected[1, 3]) > 0.02, "once alone is not enough"
 
 
 def test_an_example_does_not_feel_the_others_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.steps():
+    if kernels.levels():
         monkeypatch.setattr(kernels, "kernel_for", lambda *_: "integers")
     layer, x = QuantLinear.from_linear(linear()), given(4, 7)
     alone = layer(x[:1].clone())
@@ -125,21 +141,21 @@ def test_an_example_does_not_feel_the_others_of_its_batch(monkeypatch: pytest.Mo
 
 def test_projections_that_read_the_same_share_its_rounding() -> None:
     x = given(3, 8)
-    codes, each, _ = kernels.rounded_rows(x)
-    assert kernels.rounded_rows(x)[0] is codes
-    assert kernels.rounded_rows(x.clone())[0] is not codes
-    before = each.clone()
+    rounded = kernels.rounded_rows(x)
+    assert kernels.rounded_rows(x) is rounded
+    assert kernels.rounded_rows(x.clone()) is not rounded
+    before = rounded.each.clone()
     kernels.rounded_rows(x)
     x.mul_(2.0)  # written into: another input
-    torch.testing.assert_close(kernels.rounded_rows(x)[1], before * 2)
+    torch.testing.assert_close(kernels.rounded_rows(x).each, before * 2)
     with torch.inference_mode():  # where nothing tells of a change, nothing is shared
         inner = given(3, 8)
-        assert kernels.rounded_rows(inner)[0] is not kernels.rounded_rows(inner)[0]
+        assert kernels.rounded_rows(inner) is not kernels.rounded_rows(inner)
 
 
 def test_which_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     eight, four, half = ("integers", "bytes"), ("nibbles",), torch.bfloat16
-    monkeypatch.setattr(kernels, "steps", lambda: 63)
+    monkeypatch.setattr(kernels, "levels", lambda: 127)
     monkeypatch.setattr(kernels, "unpacks", lambda: True)
     for slow in (True, False):
         monkeypatch.setattr(kernels, "slow_bfloat16", lambda slow=slow: slow)
@@ -161,9 +177,10 @@ def test_which_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             assert found == expected, (rows, weights, dtype, possible, slow)
     monkeypatch.setattr(kernels, "unpacks", lambda: False)
     assert kernels.kernel_for(given(1), 1, 2**20, four) == "dense"
-    for count, expected in ((63, "dense"), (127, "integers")):  # small layers are unpacked anyway
-        monkeypatch.setattr(kernels, "steps", lambda count=count: count)
+    for count, expected in ((127, "dense"), (kernels.FULL, "integers")):  # small layers are unpacked anyway
+        monkeypatch.setattr(kernels, "levels", lambda count=count: count)
         assert kernels.kernel_for(given(1), 2**10, 2**18, eight) == expected
+        assert kernels.kernel_for(given(1), 2**6, 2**19, eight) == expected  # smaller products pay with VNNI
 
 
 def test_what_a_small_layer_keeps_unpacked_follows_its_codes() -> None:
@@ -198,7 +215,7 @@ def shift(layer: Any) -> Any:
 
 @pytest.mark.parametrize("kernel", ["dense", "integers"])
 def test_infinite_inputs_and_none_at_all(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.steps():
+    if kernels.levels():
         monkeypatch.setattr(kernels, "kernel_for", lambda *_: kernel)
     layer, x = QuantLinear.from_linear(linear()), given(3)
     x[1, 0] = float("nan")
