@@ -40,7 +40,8 @@ def told_of(folder: str | Path) -> dict[str, Any]:
 
 class Served(nn.Module):
     """The graphs of a folder, opened by their runtime on the CPU, on as many threads as PyTorch has. `in_float32`: whatever the
-    runtime would choose to multiply in.
+    runtime would choose to multiply in: OpenVINO takes bfloat16, and for weights that are codes integers, of inputs rounded as
+    they come, where the processor has instructions for them.
 
     Inputs are copied: OpenVINO 2026.4 reads shared ones after they are gone, and aborts when shapes change (seen with T5).
     It has neither parameters nor gradients. `weight_count`: what `measure.weigh` would count of the model it was made of, the
@@ -163,7 +164,7 @@ def weight_bytes(folder: Path) -> int:
 def _opened(to: str, in_float32: bool) -> dict[str, Any]:
     """What a runtime is told when it opens a graph."""
     if to == "openvino":
-        precision = {"INFERENCE_PRECISION_HINT": "f32"} if in_float32 else {}
+        precision = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"} if in_float32 else {}
         return {"config": {"INFERENCE_NUM_THREADS": torch.get_num_threads(), **precision}}
     if to == "onnx":
         import onnxruntime

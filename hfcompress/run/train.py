@@ -98,6 +98,10 @@ class Train(Step):
 
         CompressionError: an optimizer, schedule, tracker or precision that needs what is not here; arguments that don't fit.
         """
+        if (self.model_extra or {}).get("use_cpu") is False and not torch.accelerator.is_available():
+            raise CompressionError(
+                "train: use_cpu: false asks for an accelerator, and none is visible here; leave use_cpu out."
+            )
         try:
             arguments = self.arguments("unused")
             Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -113,10 +117,6 @@ class Train(Step):
             raise CompressionError(
                 f"train: {said[:400].rstrip('.')}; change that argument, or mend it on this machine."
             ) from error
-        if (self.model_extra or {}).get("use_cpu") is False and not torch.accelerator.is_available():
-            raise CompressionError(
-                "train: use_cpu: false asks for an accelerator, and none is visible here; leave use_cpu out."
-            )
         _check_whole(arguments)
 
     def run(self, model: nn.Module, task: Any) -> None:

@@ -60,26 +60,28 @@ ENCODERS = [
     Contestant("OpenVINO (optimum, NNCF), int8", "fine-tuned", "openvino", "openvino", "openvino-int8"),
     eager("half of the layers, distilled, PyTorch", "half"),
     Contestant("half of the layers, ONNX Runtime (optimum), int8", "half", "onnx", "onnx", "onnx-int8"),
+    Contestant("half of the layers, OpenVINO (optimum, NNCF), int8", "half", "openvino", "openvino", "openvino-int8"),
     Contestant("a ready int8 ONNX of MiniLM, regression on top", "ready", "runtimes", "pooled"),
     Contestant(
         "its 3-layer sibling in ONNX, regression on top", "sibling", "runtimes", "pooled", None, {"output": "onnx::Shape_422"}
     ),
-    eager("hfcompress quickstart, PyTorch", "quickstart", OURS, hfcompress=True),
-    Contestant("hfcompress quickstart, OpenVINO", "quickstart", "runtimes", "openvino", {"to": "openvino"}),
-    Contestant(
-        "hfcompress quickstart, ONNX Runtime, int8", "quickstart", "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}
-    ),
-    eager("hfcompress fastest, PyTorch", "fastest", OURS, hfcompress=True),
-    Contestant("hfcompress fastest, OpenVINO", "fastest", "runtimes", "openvino", {"to": "openvino"}),
-    Contestant("hfcompress fastest, ONNX Runtime, int8", "fastest", "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}),
     *(
         one
-        for name, model in (("two layers", "fastest-2"), ("one layer", "fastest-1"))
+        for name, model in (
+            ("quickstart", "quickstart"),
+            ("fastest", "fastest"),
+            ("fastest, two layers", "fastest-2"),
+            ("fastest, one layer", "fastest-1"),
+        )
         for one in (
-            eager(f"hfcompress fastest, {name}, PyTorch", model, OURS, hfcompress=True),
-            Contestant(f"hfcompress fastest, {name}, OpenVINO", model, "runtimes", "openvino", {"to": "openvino"}),
-            Contestant(
-                f"hfcompress fastest, {name}, ONNX Runtime, int8", model, "runtimes", "onnx", {"to": "onnx", "quantize": "int8"}
+            eager(f"hfcompress {name}, PyTorch", model, OURS, hfcompress=True),
+            *(
+                Contestant(f"hfcompress {name}, {runtime}", model, "runtimes", made["to"], made)
+                for runtime, made in (
+                    ("OpenVINO", {"to": "openvino"}),
+                    ("OpenVINO, int8", {"to": "openvino", "quantize": "int8"}),
+                    ("ONNX Runtime, int8", {"to": "onnx", "quantize": "int8"}),
+                )
             ),
         )
     ),

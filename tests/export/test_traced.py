@@ -42,7 +42,7 @@ def served(model: Any, to: str, folder: Path, **fields: Any) -> tuple[Any, Serve
     source = source_of(model)
     told = FORMATS[to](**fields).write(source, folder)
     (folder / "exported.json").write_text(json.dumps({"to": to, "parameters": 1, "nonzero": 1, **told}))
-    return source, Served(folder)
+    return source, Served(folder, in_float32=True)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str
 @pytest.mark.parametrize("to", ["openvino", "onnx"])
 def test_an_export_says_what_pytorch_says(to: str, kind: str, how: str, exports: Any) -> None:
     source, folder = exports(kind, how, to)
-    told = agreement(source, Served(folder))  # batches of 1 to 9, texts of 5 to 60 tokens
+    told = agreement(source, Served(folder, in_float32=True))  # batches of 1 to 9, texts of 5 to 60 tokens
     assert told["off"] <= ALLOWED
     if source.model.can_generate():
         assert told["same_tokens"] == 1.0
@@ -90,7 +90,7 @@ def test_a_classifier_of_an_encoder_decoder_is_one_graph(tmp_path: Path) -> None
     source = dataclasses.replace(plain, example=example)
     told = FORMATS["onnx"]().write(source, tmp_path)
     (tmp_path / "exported.json").write_text(json.dumps({"to": "onnx", "parameters": 1, "nonzero": 1, **told}))
-    assert told["graphs"] == ["model"] and agreement(source, Served(tmp_path))["off"] <= ALLOWED
+    assert told["graphs"] == ["model"] and agreement(source, Served(tmp_path, in_float32=True))["off"] <= ALLOWED
 
 
 def test_codes_stay_codes_in_the_file(exports: Any) -> None:
@@ -165,7 +165,7 @@ def test_the_check_notices_what_differs(exports: Any) -> None:
     with torch.no_grad():
         other.classifier.bias += 0.1
     with pytest.raises(CompressionError, match="the graph computes other logits than PyTorch"):
-        agreement(dataclasses.replace(source, model=other), Served(folder))
+        agreement(dataclasses.replace(source, model=other), Served(folder, in_float32=True))
 
 
 @pytest.mark.parametrize("keep_codes", [True, False])

@@ -20,6 +20,7 @@ from hfcompress.checkpoint.describe import diff
 from hfcompress.layers import holds_codes
 from hfcompress.layers.bnb_library import quiet_casts
 from hfcompress.layers.quantized import QuantLinear
+from hfcompress.results.measure import undisturbed
 from hfcompress.surgery.lora import adapted
 from hfcompress.surgery.modules import HALVES
 from tests import fresh
@@ -44,8 +45,9 @@ def inputs(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 def outputs(model: Any, kind: str) -> torch.Tensor:
-    with torch.no_grad(), quiet_casts():
-        return model.eval()(**inputs(kind, model.dtype)).logits.float()
+    model.eval()
+    with torch.no_grad(), undisturbed(model):  # a plain bitsandbytes load repacks 4-bit codes into bfloat16 on some CPUs
+        return model(**inputs(kind, model.dtype)).logits.float()
 
 
 def learn(model: nn.Module) -> None:
