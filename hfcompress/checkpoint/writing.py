@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hfcompress.checkpoint.errors import CompressionError, first_line
@@ -38,3 +42,23 @@ def write_text(path: str | Path, text: str, what: str) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_beside(place: Path) -> Iterator[Path]:
+    """A hidden folder on the disk of a place, for what is moved there when it is whole; removed afterwards, and so are those
+    that processes which were killed have left there: the system has freed their locks."""
+    prefix, held = f".{place.name}-", "in-use.lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for left in place.parent.glob(f"{glob.escape(prefix)}*/{held}"):
+        with suppress(Timeout, OSError, NotImplementedError), FileLock(left, timeout=0):
+            shutil.rmtree(left.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=prefix))
+    lock = FileLock(folder / held)
+    try:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire()
+        yield folder
+    finally:
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)

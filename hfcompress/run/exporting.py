@@ -6,14 +6,13 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 from hfcompress.checkpoint.errors import CompressionError, shown
-from hfcompress.checkpoint.writing import write_text, written
+from hfcompress.checkpoint.writing import scratch_beside, write_text, written
 from hfcompress.export import FORMATS, Format, Source
 from hfcompress.export.agreement import agreement
 from hfcompress.export.gguf import Gguf
@@ -98,9 +97,8 @@ def write_export(folder: str, chosen: Format, task: Any, out: Path) -> dict[str,
     """Write it beside its place, compare it with PyTorch, and only then put it there; what is known of it."""
     source = _source(folder, chosen, task)
     count, off = weigh(source.model), {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch, written(out, "the export"):
-        work = Path(scratch) / out.name
+    with written(out, "the export"), scratch_beside(out) as scratch:
+        work = scratch / out.name
         work.mkdir()
         told = {"to": chosen.key(), "fields": chosen.model_dump(mode="json", exclude_defaults=True)}
         told |= {name: count[name] for name in ("parameters", "nonzero")} | chosen.write(source, work)

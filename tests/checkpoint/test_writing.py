@@ -11,7 +11,7 @@ import torch
 
 from hfcompress import CompressionError
 from hfcompress.calibration.score_file import save_scores
-from hfcompress.checkpoint.writing import write_text, written
+from hfcompress.checkpoint.writing import scratch_beside, write_text, written
 from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 from hfcompress.surgery.units.verify import units_of
@@ -63,3 +63,18 @@ def test_only_what_the_system_refuses_is_told_so() -> None:
         with pytest.raises(CompressionError) as told, written("there", "the model"):
             raise error
         assert str(told.value) == f"there: the model can't be written there ({error}){END}"
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    place = tmp_path / "an [export]"
+    left, other = tmp_path / f".{place.name}-dead", tmp_path / f".{place.name}-somebody"
+    for folder in (left, other):
+        folder.mkdir()
+    (left / "in-use.lock").touch()
+    (other / "notes.txt").touch()
+    with scratch_beside(place) as first, scratch_beside(place) as second:
+        assert first.is_dir() and second.is_dir() and first.parent == second.parent == tmp_path
+        assert other.is_dir() and not left.exists()
+    with pytest.raises(ValueError, match="stop"), scratch_beside(place):
+        raise ValueError("stop")
+    assert [*tmp_path.iterdir()] == [other]
