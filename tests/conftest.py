@@ -24,6 +24,7 @@ def reports_are_quick(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "results" not in request.path.parts:
             patch.setattr("hfcompress.results.measure.REPETITIONS", {1: 3, 8: 3})
+            patch.setattr("hfcompress.run.loop.add_compiled", lambda *_: None)  # half a minute of a compiler's
             for name in ("plot", "plot_layers"):
                 patch.setattr(f"hfcompress.run.loop.{name}", lambda _, path: path.touch())
         yield

@@ -35,6 +35,8 @@ class Format(Named):
 
     packages: ClassVar[dict[str, str]] = {}
     """What must be importable, and what pip calls it."""
+    answers: ClassVar[bool] = True
+    """Whether its runtime is there and gives logits of batches: else nothing is compared and measured."""
 
     def check_here(self) -> None:
         """CompressionError where a package is missing that it writes with."""

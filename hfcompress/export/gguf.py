@@ -43,6 +43,7 @@ class Gguf(Format):
     )
 
     packages: ClassVar[dict[str, str]] = {"gguf": "gguf"}
+    answers: ClassVar[bool] = False
 
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         from gguf import GGMLQuantizationType, GGUFWriter

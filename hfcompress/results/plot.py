@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hfcompress.results.report import Report
 
 TRAIL, REFERENCE, STEP, LAST = "#9aa5b1", "#d1495b", "#2e6f95", "#2a9d5c"
-SAME_DTYPE = {"facecolors": "none", "edgecolors": REFERENCE, "marker": "D"}
-"""The reference in the dtype of the result: hollow, as it is no step."""
+BASELINES = [{"facecolors": "none", "edgecolors": REFERENCE, "marker": marker} for marker in ("D", "s")]
+"""The reference in the dtype of the result, and compiled: hollow, as they are no steps."""
 
 
 def plot(report: Report, path: str | Path) -> None:
@@ -76,7 +76,7 @@ def _is_off(report: Report, index: int) -> bool:
 
 def _panel(axes: Any, report: Report, label: str, value: Callable[[Row], float | None]) -> list[tuple[int, float, float]]:
     """Draw the steps in order and return (row number from 1, x, y) of those whose both figures are known."""
-    metric, same = report.rows[-1].headline, report.same_dtype
+    metric = report.rows[-1].headline
     points = [
         (number, x, y)
         for number, row in enumerate(report.rows, start=1)
@@ -85,8 +85,9 @@ def _panel(axes: Any, report: Report, label: str, value: Callable[[Row], float |
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], color=TRAIL, linewidth=1.2, zorder=1)
     for number, x, y in points:
         axes.scatter(x, y, s=60, zorder=3, **_look(report, number - 1))
-    if same is not None and (x := value(same)) is not None and (y := same.score.get(metric)) is not None:
-        axes.scatter(x, y, s=60, zorder=2, **SAME_DTYPE)
+    for row, look in zip(report.baselines, BASELINES, strict=False):
+        if (x := value(row)) is not None and (y := row.score.get(metric)) is not None:
+            axes.scatter(x, y, s=60, zorder=2, **look)
     axes.set_xlabel(label)
     axes.set_xlim(left=0, right=1.08 * max([x for _, x, _ in points], default=1))
     axes.margins(y=0.12)
@@ -149,9 +150,8 @@ def _legend(figure: Any, report: Report) -> None:
         note += f" ({score:.3g}, off the scale)" if _is_off(report, index) else ""
         look: dict[str, Any] = _look(report, index)
         handles.append(Line2D([], [], linestyle="none", markersize=7, label=f"{index + 1}  {step}{note}", **look))
-        if note.startswith(" (reference") and report.same_dtype is not None:
-            name = f"{report.same_dtype.step} (reference)"
-            handles.append(
-                Line2D([], [], linestyle="none", markersize=7, label=name, markerfacecolor="none", color=REFERENCE, marker="D")
-            )
+        for other, hollow in zip(report.baselines, BASELINES, strict=False) if note.startswith(" (reference") else ():
+            name = f"{other.step} (reference)"
+            mark: dict[str, Any] = {"markerfacecolor": "none", "color": REFERENCE, "marker": hollow["marker"]}
+            handles.append(Line2D([], [], linestyle="none", markersize=7, label=name, **mark))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)

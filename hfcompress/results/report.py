@@ -26,12 +26,15 @@ GOALS = ("max_drop", "smaller", "faster")
 ADDED = ("uncompressed", "times_faster", "gains")
 """Fields of a row that the first readers of format 1 would refuse: in the file they stand under `beside`."""
 
+BASELINES = ("same_dtype", "compiled")
+"""What the reference could be without compression."""
+
 
 class Report:
     """One row a step. `reference` is the index of the row that ratios and differences are told against.
 
     `goal`: what was asked, by the names of `GOALS`. `same_dtype`: the reference in the floating dtype that the result computes
-    in, where that is another one: what it buys is no compression.
+    in, where that is another one: what it buys is no compression. `compiled`: the reference by torch.compile, beside exports.
     """
 
     def __init__(
@@ -41,13 +44,14 @@ class Report:
         on: dict[str, Any] | None = None,
         goal: Mapping[str, float | None] | None = None,
         same_dtype: Row | None = None,
+        compiled: Row | None = None,
     ) -> None:
         """`on`: the machine the rows were measured on; this one, if not given."""
         self.rows: list[Row] = []
         self.reference = reference
         self.machine = machine() if on is None else on
         self.goal = goal
-        self.same_dtype = same_dtype
+        self.same_dtype, self.compiled = same_dtype, compiled
         for row in rows:
             self.add(row)
 
@@ -118,6 +122,11 @@ class Report:
         """A sentence for each missed part of the goal: `max_drop`, `smaller`, `faster` (at every batch size)."""
         return [missed(one["part"], one["of"], one["wanted"], one["reached"]) for one in self.judge(goal) if not one["met"]]
 
+    @property
+    def baselines(self) -> list[Row]:
+        """What the reference could be without compression, as far as it was measured."""
+        return [row for name in BASELINES if (row := getattr(self, name)) is not None]
+
     def verdict(self) -> str:
         """The last row against the reference in one sentence."""
         return verdict(*self._pair(), self.same_dtype)
@@ -128,8 +137,7 @@ class Report:
         told: dict[str, Any] = {"format": 1, "machine": self.machine, "reference": self.reference, "rows": rows}
         if any(added):
             told["beside"] = added
-        if self.same_dtype is not None:
-            told["same_dtype"] = finite(asdict(self.same_dtype))
+        told |= {name: finite(asdict(row)) for name in BASELINES if (row := getattr(self, name)) is not None}
         if self.goal:
             told["goal"] = dict(self.goal)
         if 0 <= self.reference < len(rows) - 1:
@@ -146,8 +154,9 @@ class Report:
         added = data.get("beside") or []
         for number, row in enumerate(data.get("rows", [])):
             report.add(_row(row, f"row {number + 1}", added[number] if number < len(added) else {}))
-        if data.get("same_dtype"):
-            report.same_dtype = _row(data["same_dtype"], "same_dtype", {})
+        for name in BASELINES:
+            if data.get(name):
+                setattr(report, name, _row(data[name], name, {}))
         return report
 
     def save(self, path: str | Path) -> None:

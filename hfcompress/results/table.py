@@ -131,8 +131,8 @@ def _lines(report: Report) -> Iterator[_Line]:
     for before, row in zip([None, *report.rows], report.rows, strict=False):
         told = None if row is reference else reference
         yield _Line(row.step, row.step.partition(" (")[0], row, told, before)
-        if row is reference and report.same_dtype is not None:
-            yield _Line(report.same_dtype.step, report.same_dtype.step, report.same_dtype, reference)
+        for other in report.baselines if row is reference else ():
+            yield _Line(other.step, other.step, other, reference)
         if row.control:
             other = replace(row, score=row.control["score"], gains={})
             yield _Line("… without teacher", "… no teacher", other, told, is_score=True)

@@ -15,7 +15,6 @@ from hfcompress.checkpoint.errors import CompressionError, shown
 from hfcompress.checkpoint.writing import scratch_beside, write_text, written
 from hfcompress.export import FORMATS, Format, Source
 from hfcompress.export.agreement import agreement
-from hfcompress.export.gguf import Gguf
 from hfcompress.export.served import TOLD, Served, is_export
 from hfcompress.results.export_card import export_card
 from hfcompress.results.measure import weigh
@@ -90,7 +89,7 @@ def _task_for(folder: str, chosen: Format, task: Any) -> Any:
 
     if task is not None and not isinstance(task, str):
         return task_from(task) if isinstance(task, dict) else task
-    return None if isinstance(chosen, Gguf) and task is None else task_of(folder, task)
+    return None if task is None and not chosen.answers else task_of(folder, task)
 
 
 def write_export(folder: str, chosen: Format, task: Any, out: Path) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def write_export(folder: str, chosen: Format, task: Any, out: Path) -> dict[str,
         if (recipe := Path(folder) / "recipe.yaml").is_file():
             shutil.copyfile(recipe, work / recipe.name)
         write_text(work / TOLD, json.dumps(told, indent=2) + "\n", "the export")
-        if not isinstance(chosen, Gguf):
+        if chosen.answers:
             off = agreement(source, Served(work, in_float32=True), is_exact=getattr(chosen, "quantize", None) is None)
             write_text(work / TOLD, json.dumps({**told, "agreement": off}, indent=2) + "\n", "the export")
         write_text(work / "README.md", export_card(work, _called(out), chosen, told | {"agreement": off}), "the model card")

@@ -41,6 +41,7 @@ from hfcompress.run.output_folder import (
 from hfcompress.run.recipe import Recipe
 from hfcompress.run.record import (
     Tell,
+    add_compiled,
     add_same_dtype,
     controls,
     learns_from_original,
@@ -288,6 +289,8 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
     shutil.rmtree(whole, ignore_errors=True)
     artifact.save(model, task.processor, whole)
     prove(model, task.example(2, min(32, task.example_length)), whole)
+    if any(chosen.answers for chosen in recipe.export):
+        add_compiled(recipe, task, report, work)
     for chosen in recipe.export:
         with explained(f"export to {chosen.key()}"):
             write_export(str(whole), chosen, task, whole / chosen.key())

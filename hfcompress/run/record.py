@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import shutil
 import time
@@ -16,10 +17,10 @@ import torch
 
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint import artifact
-from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export import Format
-from hfcompress.export.gguf import Gguf
 from hfcompress.export.served import Served
+from hfcompress.layers.kernels import slow_bfloat16
 from hfcompress.results.measure import has_codes, measure, settings_of
 from hfcompress.results.report import Report
 from hfcompress.results.timing import device_of, room_for
@@ -29,6 +30,7 @@ from hfcompress.tasks import Task
 from hfcompress.tasks.metrics import gain
 
 Tell = Callable[[str], None]
+log = logging.getLogger("hfcompress")
 
 NO_ROOM = "timed by itself, for want of memory for the reference, so its times can't be compared"
 TRAINING = frozenset({"loss", "adapter"})
@@ -94,8 +96,8 @@ def record(
 
 
 def record_export(recipe: Recipe, task: Task, folder: Path, chosen: Format, report: Report, work: Path) -> None:
-    """Measure an export beside the reference in PyTorch, as another row; of formats that are no batch of logits, none."""
-    if isinstance(chosen, Gguf):
+    """Measure an export beside the reference in PyTorch, as another row; of formats whose runtime gives no logits, none."""
+    if not chosen.answers:
         return
     served, columns = Served(folder), {}  # type: Any, dict[str, Any]
 
@@ -106,6 +108,25 @@ def record_export(recipe: Recipe, task: Task, folder: Path, chosen: Format, repo
     reference = reference_model(recipe, task, work).to("cpu")
     row = measure(served, task, f"export {chosen.key()}", score=score, beside=reference)
     report.add(replace(row, gains=_gains(task, row.score, columns)))
+
+
+def add_compiled(recipe: Recipe, task: Task, report: Report, work: Path) -> None:
+    """Measure what plain PyTorch offers where an export is served: the reference by torch.compile, in bfloat16 where the
+    processor multiplies it, scored as it is. Nothing where nothing can be compiled, as for want of a C++ compiler."""
+    reference = reference_model(recipe, task, work).to("cpu")
+    if has_codes(reference):
+        return
+    dtype = "float32" if slow_bfloat16() else "bfloat16"
+    other = reference_model(recipe, task, work, dtype=getattr(torch, dtype)).to("cpu").eval()
+    columns = task.predict(other)
+    other.compile()
+    try:
+        with torch._inductor.config.patch(freezing=True):
+            row = measure(other, task, f"… compiled, {dtype}", score=lambda _: task.scored(columns), beside=reference)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        log.warning("export: the reference can't be compiled here (%s), so that row is missing", first_line(error))
+        return
+    report.compiled = replace(row, gains=_gains(task, row.score, columns), peak_memory_megabytes=None)
 
 
 def _beside(recipe: Recipe, task: Task, model: Any, report: Report, work: Path) -> Any | None:

@@ -11,6 +11,7 @@ import pytest
 import hfcompress.run.loop as loop
 import hfcompress.run.record as recording
 from hfcompress import CompressionError, PruneVocab, Recipe, compress
+from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 from tests.tiny import tiny_checkpoint, tiny_texts
 
@@ -65,6 +66,30 @@ def test_every_recipe_is_told_against_its_reference(place: Path, monkeypatch: py
     assert told["verdict"] == report.verdict() and told["goal"] == goal
     assert [one["met"] for one in told["judged"]] == [True, False]
     assert Report.load(place / "out" / "report.json").to_dict() == told
+
+
+def test_what_plain_pytorch_offers_stands_beside_exports(place: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    chosen = recipe(place, "distilbert", [HEADS])
+    report, task = compress(chosen, place / "exported"), chosen.task.open(str(place / "distilbert"))
+    task.remember(task.load_model(str(place / "distilbert")))
+    monkeypatch.setattr("hfcompress.results.measure.REPETITIONS", {1: 3})  # each size is compiled anew
+    recording.add_compiled(chosen, task, report, place)
+    row = report.compiled
+    assert row is not None and row.step in ("… compiled, float32", "… compiled, bfloat16")
+    assert row.latency_ms.keys() == {"b1"} and row.reference_ms is not None and row.times_faster is not None
+    assert row.score["agreement"] > 0.8 and row.parameters == report.rows[0].parameters
+    assert row.step in report.markdown() and report.baselines == [row]
+    again = Report.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again.compiled == row and again.to_dict() == report.to_dict()
+    plot(again, place / "plot.png")
+    monkeypatch.setattr(recording, "measure", fails)
+    report.compiled = None
+    recording.add_compiled(chosen, task, report, place)
+    assert report.compiled is None and "the reference can't be compiled here (no C++ compiler)" in caplog.text
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise RuntimeError("no C++ compiler")
 
 
 def test_the_reference_stands_beside_a_model_of_fewer_tokens(place: Path) -> None:
