@@ -50,7 +50,11 @@ def loaded(path: str, threads: int, how: dict[str, Any]) -> tuple[Any, int]:
         given["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     elif kind == "nf4":
         given["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["classifier", "lm_head"],  # its kernel for AVX512-BF16 fails with so few outputs
         )
     class_name = json.loads((Path(path) / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, class_name).from_pretrained(path, **given).eval()
