@@ -16,7 +16,7 @@ OURS = "hfcompress"
 PACKAGES: dict[str, list[str]] = {
     "torch": ["torch==2.13.0", "transformers==5.23.0", "torchao==0.18.0", "bitsandbytes==0.50.2", "accelerate==1.15.0"],
     "onnx": ["torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0"],
-    "openvino": ["torch==2.13.0", "optimum-intel[openvino,nncf]==2.2.0", "datasets==5.2.0"],
+    "openvino": ["torch==2.13.0", "optimum-intel[openvino,nncf]==2.2.0", "datasets==5.0.1"],
     "runtimes": [
         "numpy==2.4.6",
         "onnxruntime==1.32.0",

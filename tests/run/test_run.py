@@ -224,7 +224,7 @@ def test_two_processes_train_write_once_and_report_once(place: Path) -> None:
 
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "quickstart": ("bert", {"steps.4.train.epochs": 1, "steps.3.low_rank.rank": 8}),
+    "quickstart": ("bert", {"steps.1.prune_layers.number": 1, "steps.5.train.epochs": 1, "steps.4.low_rank.rank": 8}),
     "bert-cpu": ("distilbert", {"steps.2.train.epochs": 1}),
     "encoder-int8": ("distilbert", {}),
     "vit-int8": ("vit", {}),
