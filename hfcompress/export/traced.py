@@ -6,7 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export.base import Format, Source
 from hfcompress.export.graphs import MODEL, cached_layers, graphs_of, writes
+from hfcompress.export.onnx_blocks import IN_FLOAT32, IN_INTEGERS, blocks_of, in_blocks
 from hfcompress.export.openvino_graph import free_precision, pack_nibbles
 from hfcompress.export.plain import plain
 from hfcompress.layers.kernels import FULL, levels
+from hfcompress.layers.stored import StoredLinear
 
 
 class Traced(Format):
@@ -47,23 +49,34 @@ class Traced(Format):
     def finish(self, program: Any) -> None:
         """What a runtime's graph still needs before it is written."""
 
+    def written(self, module: Any) -> AbstractContextManager[None]:
+        """While a graph is traced, its layers are what this format has operators for."""
+        return nullcontext()
+
+    def multiplies_codes(self, model: Any) -> bool:
+        """Whether the runtime itself rounds what such layers of codes read."""
+        return False
+
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         from transformers.exporters import ExportedModel
 
-        if self.quantize and source.model.can_generate():
+        by_codes = self.quantize is not None and source.model.can_generate()
+        model = plain(source.model, keep_codes=self.quantize is None or by_codes)
+        if by_codes and not self.multiplies_codes(model):
             raise CompressionError(
                 f"export to {self.key()}: quantize: int8 is for models that answer at once, not for those that write; leave it "
-                f"out, and give the model codes before: quantize: {{bits: 8, engine: hfcompress}}."
+                f"out, and give the model codes before: quantize: {{bits: 4, engine: hfcompress, group_size: 32}}."
             )
-        model = plain(source.model, keep_codes=self.quantize is None)
         components: dict[str, Any] = {}
         caches: list[list[int]] = []
         with quiet_exporters(), torch.no_grad():
             exporter = self.exporter()
             for name, graph in graphs_of(source).items():
-                how = {"quantizer": self.quantizer(self._samples(source))} if self.quantize else {}
+                how = {"quantizer": self.quantizer(self._samples(source))} if self.quantize and not by_codes else {}
                 try:
-                    traced = exporter.export(graph.module, graph.inputs, config=self.config(dynamic_shapes=graph.axes, **how))
+                    with self.written(graph.module):
+                        config = self.config(dynamic_shapes=graph.axes, **how)
+                        traced = exporter.export(graph.module, graph.inputs, config=config)
                 except Exception as error:  # of torch.export, the converters and the quantisers, which have one each
                     raise CompressionError(
                         f"export to {self.key()}: {type(model).__name__} can't be traced ({type(error).__name__}: "
@@ -127,9 +140,10 @@ class Openvino(Traced):
 class Onnx(Traced):
     """ONNX, as ONNX Runtime reads it: servers, browsers, phones.
 
-    Needs: onnx, onnxscript, onnxruntime. Buys: a graph for a dozen runtimes; codes of rows stay codes in the file.
-    Costs: ONNX Runtime unpacks them when it opens the file; quantize: int8 rounds what is multiplied as it comes, on processors
-    without VNNI to 7 bits, where 8 would overflow.
+    Needs: onnx, onnxscript, onnxruntime. Buys: a graph for a dozen runtimes; codes stay codes in the file, those of 4 bits and
+    those in groups as ONNX Runtime's own operator for them (MatMulNBits), with which models that write may round inputs too.
+    Costs: codes of rows are unpacked when the file is opened; quantize: int8 rounds what is multiplied as it comes, on
+    processors without VNNI to 7 bits, where 8 would overflow.
     """
 
     packages: ClassVar[dict[str, str]] = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
@@ -150,6 +164,13 @@ class Onnx(Traced):
 
         how = OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=levels() < FULL, op_types_to_quantize=["MatMul", "Gemm"])
         return OnnxRuntimeQuantizer(how)
+
+    def written(self, module: Any) -> AbstractContextManager[None]:
+        return in_blocks(module, IN_INTEGERS if self.quantize else IN_FLOAT32)
+
+    def multiplies_codes(self, model: Any) -> bool:
+        layers = [one for one in model.modules() if isinstance(one, StoredLinear)]
+        return any(blocks_of(one) is not None and one.offset is None for one in layers)  # of an offset it unpacks them
 
     def snippet(self, name: str) -> str:
         lines = ["import onnxruntime", "", f'model = onnxruntime.InferenceSession("{name}/{self.file(MODEL)}")']

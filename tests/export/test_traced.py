@@ -19,6 +19,7 @@ from hfcompress.export.agreement import ALLOWED, agreement
 from hfcompress.export.plain import plain
 from hfcompress.export.served import Served, weight_bytes
 from hfcompress.export.traced import Executorch, Openvino
+from hfcompress.layers.quantized import QuantLinear
 from hfcompress.layers.stored import StoredEmbedding, StoredLinear
 from tests.export.models import source_of
 from tests.methods.test_laws import FewBatches, stacked
@@ -115,6 +116,41 @@ def test_codes_of_four_bits_take_four_bits_in_openvino(symmetric: bool, tmp_path
         if isinstance(one, torch.nn.Linear | torch.nn.Embedding)
     )
     assert sizes[8] - sizes[4] == pytest.approx(codes / 2, rel=0.02)  # all but the few that no group divides
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("bert", {"bits": 4, "group_size": 32}),
+        ("llama", {"bits": 4, "group_size": 32, "symmetric": False}),
+        ("bert", {"bits": 8, "group_size": 32}),
+        ("gpt2", {"bits": 4}),
+    ],
+)
+def test_codes_that_plain_operators_would_unpack_are_blocks_of_onnx_runtime(
+    kind: str, how: dict[str, Any], tmp_path: Path
+) -> None:
+    import onnx
+
+    model = tiny_model(kind, layers=1)
+    Quantize(engine="hfcompress", **how).run(model, None)
+    layers = [one for one in model.modules() if isinstance(one, QuantLinear)]
+    source, found = served(model.eval(), "onnx", tmp_path)
+    told = agreement(source, found)
+    assert told["off"] <= ALLOWED and told.get("same_tokens", 1.0) == 1.0
+    nodes = [one for one in onnx.load(tmp_path / "model.onnx").graph.node if one.op_type == "MatMulNBits"]
+    assert len(nodes) == len(layers) > 3
+    assert any(isinstance(one, StoredLinear) for one in source.model.modules()), "the model is as it was"
+
+
+def test_onnx_runtime_rounds_what_codes_of_a_model_that_writes_read(tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=1)
+    Quantize(bits=4, engine="hfcompress", group_size=32).run(model, None)
+    source, found = served(model.eval(), "onnx", tmp_path, quantize="int8")
+    told = agreement(source, found, is_exact=False)
+    assert 1e-5 < told["off"] < 0.05  # inputs were rounded, to a hundredth
+    with pytest.raises(CompressionError, match=r"quantize: int8 is for models that answer at once"):
+        FORMATS["onnx"](quantize="int8").write(source_of(tiny_model("llama", layers=1)), tmp_path / "dense")
 
 
 def test_openvino_chooses_its_precision_but_where_logits_are_compared(exports: Any) -> None:
