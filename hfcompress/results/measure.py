@@ -25,6 +25,7 @@ from torch import nn
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.layers.bnb_library import quiet_casts
 from hfcompress.layers.fast import fast
+from hfcompress.layers.kernels import slow_bfloat16
 from hfcompress.results.timing import REPETITIONS, Intervals, Latency, device_of, timed, timed_in_turns
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_int8", "amx_bf16")
@@ -286,6 +287,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fast_dtype() -> str:
+    """The floating dtype that this processor multiplies fastest."""
+    return "float32" if slow_bfloat16() else "bfloat16"
 
 
 def machine() -> dict[str, Any]:

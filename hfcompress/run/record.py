@@ -20,8 +20,7 @@ from hfcompress.checkpoint import artifact
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export import Format
 from hfcompress.export.served import Served
-from hfcompress.layers.kernels import slow_bfloat16
-from hfcompress.results.measure import has_codes, measure, settings_of
+from hfcompress.results.measure import fast_dtype, has_codes, measure, settings_of
 from hfcompress.results.report import Report
 from hfcompress.results.timing import device_of, room_for
 from hfcompress.run.recipe import Recipe
@@ -116,7 +115,7 @@ def add_compiled(recipe: Recipe, task: Task, report: Report, work: Path) -> None
     reference = reference_model(recipe, task, work).to("cpu")
     if has_codes(reference):
         return
-    dtype = "float32" if slow_bfloat16() else "bfloat16"
+    dtype = fast_dtype()
     other = reference_model(recipe, task, work, dtype=getattr(torch, dtype)).to("cpu").eval()
     columns = task.predict(other)
     other.compile()
