@@ -76,4 +76,7 @@ def digits() -> Path:
 
 def sentence(machine: dict[str, Any]) -> str:
     """What `hfcompress.results.measure.machine` found, without what tells whose it is."""
-    return f"Measured on {', '.join(f'{key} {value}' for key, value in machine.items() if isinstance(value, str | int))}."
+    told = {key: value for key, value in machine.items() if isinstance(value, str | int)}
+    if machine.get("cpu_flags"):
+        told["cpu"] = f"{told['cpu']} with {' '.join(machine['cpu_flags'])}"
+    return f"Measured on {', '.join(f'{key} {value}' for key, value in told.items())}."
