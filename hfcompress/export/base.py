@@ -38,6 +38,11 @@ class Format(Named):
     answers: ClassVar[bool] = True
     """Whether its runtime is there and gives logits of batches: else nothing is compared and measured."""
 
+    @property
+    def place(self) -> str:
+        """What its folder beside the weights is called."""
+        return self.key()
+
     def check_here(self) -> None:
         """CompressionError where a package is missing that it writes with."""
         self.require(self.packages)

@@ -35,6 +35,10 @@ class Traced(Format):
     program: ClassVar[str]
     """How the file of a graph is called, as a format of its name."""
 
+    @property
+    def place(self) -> str:
+        return f"{self.key()}-{self.quantize}" if self.quantize else self.key()
+
     def exporter(self) -> Any:
         raise NotImplementedError
 

@@ -35,10 +35,11 @@ def export_model(
 ) -> Path:
     """Export an artifact, or any model folder or Hub id, and return the folder of the export.
 
-    `to`: openvino, onnx, executorch or gguf, whose fields are given by name, or a `Format`. `task`: a `Task`, or the plain data
-    of one; the one of the folder's recipe.yaml if absent; gguf needs none. `output`: FOLDER/FORMAT if absent. `overwrite`: an
-    export that lies there is replaced. Raises CompressionError: a runtime that is missing, an architecture that the format
-    can't hold, an `output` in use, an export that computes something else than PyTorch.
+    `to`: openvino, onnx, executorch or gguf, whose fields are given by name, or a `Format`. `task`: a `Task`, or the plain
+    data of one; the one of the folder's recipe.yaml if absent; gguf needs none. `output`: FOLDER/FORMAT if absent,
+    FOLDER/FORMAT-int8 under `quantize`. `overwrite`: an export that lies there is replaced. Raises CompressionError: a runtime
+    that is missing, an architecture that the format can't hold, an `output` in use, an export that computes something else
+    than PyTorch.
     """
     chosen = to if isinstance(to, Format) else format_of(to, fields)
     chosen.check_here()
@@ -73,7 +74,7 @@ def place_of(folder: str | Path, chosen: Format, output: str | Path | None) -> P
     if output is not None:
         return Path(output).expanduser()
     path = Path(folder).expanduser()
-    return (path if path.is_dir() else Path(path.name)) / chosen.key()
+    return (path if path.is_dir() else Path(path.name)) / chosen.place
 
 
 def check_free(out: Path, overwrite: bool) -> None:

@@ -292,9 +292,9 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
     if any(chosen.answers for chosen in recipe.export):
         add_compiled(recipe, task, report, work)
     for chosen in recipe.export:
-        with explained(f"export to {chosen.key()}"):
-            write_export(str(whole), chosen, task, whole / chosen.key())
-        record_export(recipe, task, whole / chosen.key(), chosen, report, work)
+        with explained(f"export to {chosen.place}"):
+            write_export(str(whole), chosen, task, whole / chosen.place)
+        record_export(recipe, task, whole / chosen.place, chosen, report, work)
     if (work / INPUTS).is_file():
         shutil.copyfile(work / INPUTS, whole / INPUTS)
     if find_spec("matplotlib"):

@@ -128,6 +128,7 @@ class Recipe(Fields):
         if raw.get("export") is not None:
             listed = raw["export"] if isinstance(raw["export"], list | tuple) else [raw["export"]]
             raw["export"] = tuple(read_named(one, f"export.{number}", FORMATS, mistakes) for number, one in enumerate(listed))
+            mistakes += _export_mistakes(raw["export"])
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
             mistakes += _label_mistakes(raw["task"], raw.get("steps"))
@@ -224,6 +225,17 @@ def _has_control(steps: tuple[Step | None, ...]) -> bool:
     before it is compressed."""
     trained = [step for step in steps if isinstance(step, Train)]
     return any(step.without_teacher for step in trained) or (bool(trained) and steps[0] not in trained)
+
+
+def _export_mistakes(exports: tuple[Format | None, ...]) -> list[str]:
+    """Two that would go into one folder."""
+    places = [None if one is None else one.place for one in exports]
+    return [
+        f"export.{number}: {place} is asked for by export.{places.index(place)} already, and has one folder; leave one out, or "
+        f"write the other with: hfcompress export ... --output."
+        for number, place in enumerate(places)
+        if place is not None and places.index(place) < number
+    ]
 
 
 def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:

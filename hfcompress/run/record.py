@@ -105,7 +105,7 @@ def record_export(recipe: Recipe, task: Task, folder: Path, chosen: Format, repo
         return task.scored(columns)
 
     reference = reference_model(recipe, task, work).to("cpu")
-    row = measure(served, task, f"export {chosen.key()}", score=score, beside=reference)
+    row = measure(served, task, f"export {chosen.place}", score=score, beside=reference)
     report.add(replace(row, gains=_gains(task, row.score, columns)))
 
 

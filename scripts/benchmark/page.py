@@ -12,7 +12,44 @@ from encoder import BATCHES, ROUNDS
 from environments import PACKAGES
 from language import COMPARED, TURNS
 
+KINDS = {"amx": "with AMX", "vnni": "with VNNI", "avx2": "with AVX2 alone"}
+"""Processors by what they multiply 8-bit integers with, as the figures are kept."""
 OURS, THEIRS, FIRST = "#2a9d5c", "#9aa5b1", "#d1495b"
+
+
+SHOWN = (
+    "PyTorch, compiled, bfloat16",
+    "OpenVINO (optimum), bfloat16",
+    "OpenVINO (optimum, NNCF), int8",
+    "half of the layers, OpenVINO (optimum, NNCF), int8",
+    "hfcompress quickstart, PyTorch",
+    "hfcompress quickstart, OpenVINO",
+    "hfcompress quickstart, OpenVINO, int8",
+    "hfcompress fastest, OpenVINO, int8",
+    "hfcompress fastest, two layers, OpenVINO, int8",
+    "hfcompress fastest, one layer, OpenVINO, int8",
+)
+"""What README shows of BBC News: the best of each kind."""
+
+
+def excerpt(rows: dict[str, Any]) -> str:
+    """README's table."""
+    lines = ["| on BBC News | times as fast | MB | accuracy |", "| --- | ---: | ---: | ---: |"]
+    first = rows[REFERENCE]
+    lines.append(f"| {REFERENCE} | | {first['megabytes']:.1f} | {first['accuracy']:.3f} |")
+    for name in SHOWN:
+        row = rows[name]
+        low, high = row["ms"]["b8"]["faster"]
+        change = "{:+.3f} to {:+.3f}".format(*row["difference"])
+        label = f"**{name}**" if row["is_ours"] else name
+        lines.append(f"| {label} | {low:.1f} to {high:.1f} | {row['megabytes']:.1f} | {row['accuracy']:.3f} ({change}) |")
+    return "\n".join(lines)
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """Which of KINDS it is."""
+    flags = machine["cpu_flags"]
+    return "amx" if "amx_int8" in flags else "vnni" if "avx512_vnni" in flags else "avx2"
 
 
 def page(found: dict[str, Any]) -> str:
@@ -24,8 +61,8 @@ def page(found: dict[str, Any]) -> str:
         "their own and a process of their own, and all are timed in turns. What is ours begins with hfcompress.",
         "",
     ]
-    for name, told in found.items():
-        lines += _language(told) if name == "language" else _encoder(name, told)
+    for name, told in sorted(found.items(), key=lambda one: list(KINDS).index(one[0].partition("-")[2])):
+        lines += _language(name, told) if name.startswith("language") else _encoder(name, told)
     lines += ["## Environments", ""]
     lines += [f"- {name}: {', '.join(f'`{package}`' for package in packages)}" for name, packages in PACKAGES.items()]
     lines += ["- hfcompress: this checkout; what it exports runs in `runtimes`, where PyTorch is not installed.", ""]
@@ -35,9 +72,9 @@ def page(found: dict[str, Any]) -> str:
 def _encoder(name: str, told: dict[str, Any]) -> list[str]:
     rows = told["rows"]
     return [
-        f"## An encoder: {told['title']}",
+        f"## An encoder: {told['title']}, {KINDS[processor(told['machine'])]}",
         "",
-        f"{sentence(told['machine'])} {f'{TOKENS} tokens' if DATA[name].is_text else 'Pictures of 28 x 28'}, milliseconds: least (median) of {ROUNDS} rounds, and how many times as fast as the first "
+        f"{sentence(told['machine'])} {f'{TOKENS} tokens' if DATA[name.partition('-')[0]].is_text else 'Pictures of 28 x 28'}, milliseconds: least (median) of {ROUNDS} rounds, and how many times as fast as the first "
         "row, the 95 % interval of the median of neighbouring runs. Accuracy, and the paired 95 % interval of its difference, on "
         f"{told['examples']:,} held-out examples; agrees: the same prediction as the first row's, and as the same model's in PyTorch. MB: the "
         "file of the weights, or what PyTorch "
@@ -95,10 +132,10 @@ def _verdict(rows: dict[str, Any], size: int) -> str:
     return f"Batch {size}, no significant loss: {told[0]}; of the others {told[1]}."
 
 
-def _language(told: dict[str, Any]) -> list[str]:
+def _language(name: str, told: dict[str, Any]) -> list[str]:
     first = next(iter(told["rows"].values()))
     lines = [
-        "## A language model: SmolLM2-135M-Instruct",
+        f"## A language model: SmolLM2-135M-Instruct, {KINDS[processor(told['machine'])]}",
         "",
         f"{sentence(told['machine'])} Tokens a second, best (median) of {TURNS} turns: writing {told['written']} after a few, reading "
         f"{told['prompt']}; of ours also how many times as fast as the whole model in the same runtime and type, the 95 % interval of "
@@ -111,13 +148,13 @@ def _language(told: dict[str, Any]) -> list[str]:
         "| model and runtime | MB | writing | reading | perplexity, news | novel | same tokens | memory, MB | minutes |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, row in told["rows"].items():
+    for label, row in told["rows"].items():
         perplexities = [
             f"{row[key]:.2f}" + ("" if row is first else f" ({row[key] / first[key] - 1:+.1%})")
             for key in ("perplexity_news", "perplexity_novel")
         ]
         cells = [
-            f"**{name}**" if row["is_ours"] else name,
+            f"**{label}**" if row["is_ours"] else label,
             f"{row['megabytes']:.1f}",
             *(_speed(row[do], row["is_ours"]) for do in ("write", "read")),
             *perplexities,
@@ -126,7 +163,7 @@ def _language(told: dict[str, Any]) -> list[str]:
             f"{row['minutes']:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", "![SmolLM2: perplexity against size and against speed](benchmarks-language.png)", ""]
+    return [*lines, "", f"![SmolLM2: perplexity against size and against speed](benchmarks-{name}.png)", ""]
 
 
 def _speed(told: dict[str, Any], is_ours: bool) -> str:
@@ -137,7 +174,7 @@ def _speed(told: dict[str, Any], is_ours: bool) -> str:
 def draw(found: dict[str, Any], folder: Path) -> None:
     """A picture a part: quality against size and against speed."""
     for name, told in found.items():
-        if name == "language":
+        if name.startswith("language"):
             size = {label: (row["megabytes"], row["perplexity_news"]) for label, row in told["rows"].items()}
             pace = {label: (row["write"]["best"], row["perplexity_news"]) for label, row in told["rows"].items()}
             axes = ("megabytes", "tokens a second", "perplexity on news, lower is better")

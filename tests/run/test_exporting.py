@@ -177,6 +177,19 @@ def test_mistakes_of_a_recipe_are_shown_at_once() -> None:
     ]
 
 
+def test_one_format_may_be_asked_for_with_and_without_rounding_but_not_twice() -> None:
+    raw = {"model": "x", "task": {"name": "causal-lm", "dataset": "x.txt"}, "steps": ["cast"]}
+    both = Recipe.from_dict({**raw, "export": ["openvino", {"openvino": {"quantize": "int8"}}, {"onnx": {"quantize": "int8"}}]})
+    assert [one.place for one in both.export] == ["openvino", "openvino-int8", "onnx-int8"]
+    with pytest.raises(CompressionError) as told:
+        Recipe.from_dict({**raw, "export": ["openvino", {"gguf": {"type": "Q8_0"}}, {"gguf": {"type": "Q4_1"}}, "openvino"]})
+    assert str(told.value).splitlines() == [
+        f"recipe: export.{number}: {place} is asked for by export.{first} already, and has one folder; leave one out, or write the "
+        f"other with: hfcompress export ... --output."
+        for number, place, first in ((2, "gguf", 1), (3, "openvino", 0))
+    ]
+
+
 def test_what_is_no_export_is_never_replaced(made: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
