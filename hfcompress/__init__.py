@@ -80,6 +80,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name, "methods")
     if home == "methods" and name != "riding" and not name[:1].isupper():  # else every missing name would import them all
         raise AttributeError(f"module 'hfcompress' has no attribute {name!r}")
+    if home.startswith("run."):  # where transformers' Trainer imports bitsandbytes, which would look over the network
+        import_module("hfcompress.layers.bnb_library").import_first()
     try:
         return getattr(import_module(f"hfcompress.{home}"), name)
     except AttributeError:

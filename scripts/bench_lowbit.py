@@ -287,7 +287,9 @@ def main(argv: list[str] | None = None) -> None:
     kept = Kept(OUT / "cells.json")
     for name in given.parts or list(PARTS):
         PARTS[name][0](kept, given)
-    write(kept.cells, given.samples)
+    path = DOCS / "lowbit.json"
+    known: Cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+    write({**known, **kept.cells}, given.samples)
 
 
 def write(cells: Cells, samples: int) -> None:
@@ -296,7 +298,8 @@ def write(cells: Cells, samples: int) -> None:
     pages = [page for _, tell in PARTS.values() if (page := tell(cells))]
     head = f"# Low bits, measured\n\n`python scripts/bench_lowbit.py` writes this page. {sentence(found['machine'])}\n\n"
     how = (
-        "Times are of eager PyTorch, in turns, least of twenty; what is scored is switched to `fast` before. Agreement: the same prediction as before. Perplexity "
+        "Times are of eager PyTorch, in turns, least of twenty; what is scored of language models is switched to `fast` before, and "
+        "may have been on another processor. Agreement: the same prediction as before. Perplexity "
         f"of {WINDOWS} held-out windows of 512 tokens; calibration looks at {samples} windows of other texts.\n\n"
     )
     (DOCS / "lowbit.md").write_text(head + how + "\n".join(pages), encoding="utf-8")

@@ -78,7 +78,7 @@ def test_an_installed_wheel_knows_its_recipes_outside_the_checkout(wheel: Path, 
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "200"},
     )
-    assert run.stdout.startswith("valid: 6 steps"), run.stderr
+    assert run.stdout.startswith("valid: 7 steps"), run.stderr
     where = "import hfcompress, hfcompress.run.recipe as r; print(hfcompress.__file__); print(r.find_recipe('quickstart'))"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     told = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env).stdout

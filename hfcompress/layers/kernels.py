@@ -212,9 +212,8 @@ def rounded_rows(x: Tensor) -> Rounded:
         return last[2]  # type: ignore[no-any-return]
     flat = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
     found = _rounded(flat)
-    may = torch.linalg.vector_norm(flat, dim=-1, keepdim=True) * (
-        ROUGH * math.sqrt(12 / flat.shape[-1])
-    )  # even errors, a step wide
+    norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
+    may = norm * (ROUGH * math.sqrt(12 / flat.shape[-1]))  # what a step may be: errors are even, and a step wide
     if not bool((found.each <= may).all()):
         found = _mended(found, flat, may)
     _memory.last = (weakref.ref(x), x._version, found) if fresh else None

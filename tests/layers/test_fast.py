@@ -121,11 +121,13 @@ sys.path.insert(0, sys.argv[1])
 from hfcompress.layers.bnb_library import import_first
 if sys.argv[2] == "ours":
     import_first()
+if sys.argv[2] == "recipe":
+    from hfcompress import Recipe
 import bitsandbytes
 """
 
 
-@pytest.mark.parametrize("first", ["ours", "plainly"])
+@pytest.mark.parametrize("first", ["ours", "recipe", "plainly"])
 def test_bitsandbytes_is_imported_without_a_look_over_the_network(first: str, tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text(
         "def get_kernel(*args, **kwargs):\n    print('fetched')\n    raise OSError('offline')\n"
