@@ -170,6 +170,23 @@ def test_what_is_said_beside_others_was_measured() -> None:
     assert f"`fastest` in int8 is {ours} as fast there, half of the layers in int8 {theirs}" in said
 
 
+def test_what_is_said_of_low_bits_was_measured() -> None:
+    cells, said = json.loads((ROOT / "docs" / "lowbit.json").read_text())["cells"], " ".join(README.split())
+    whole, ours = (cells[f"newsgroups/{name}"] for name in ("as it came", "hfcompress, 8 bits, embeddings too"))
+    assert f"leave {ours['megabytes']:.1f} of {whole['megabytes']:.1f} MB" in said
+    assert f"an accuracy of {ours['accuracy']:.4f} where it was {whole['accuracy']:.4f}" in said
+    assert "{:+.4f} to {:+.4f}, over {:,} texts".format(*ours["interval"], ours["examples"]) in said
+    faster = ours["ms"]["8"]["as it came"]["min"] / ours["ms"]["8"]["coded"]["min"]
+    assert f"are {faster:.2f} times as fast at batch 8" in said
+    first, plain, fed = (cells[f"smol/{name}"] for name in ("as it came//0", "NF4//1", "NF4, error feedback/news/1"))
+
+    def over(one: dict[str, Any], key: str) -> float:
+        return float(100 * (one[key] / first[key] - 1))
+
+    assert f"is {over(plain, 'perplexity'):.0f} % over float32's" in said
+    assert f"is {over(fed, 'perplexity'):.1f} % over it, and {over(fed, 'perplexity_also'):.1f} % on a text of another" in said
+
+
 def test_what_is_said_of_llama_cpp_was_measured() -> None:
     speeds, said = (
         json.loads((ROOT / "docs" / "benchmarks.json").read_text())["language-avx2"]["rows"],
