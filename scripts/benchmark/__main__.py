@@ -42,7 +42,7 @@ def main() -> None:
         told = {**PARTS[part](), "machine": machine()}
         found = json.loads(path.read_text()) if path.is_file() else {}
         found[f"{part}-{processor(told['machine'])}"] = told
-        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n")
         write()
 
 

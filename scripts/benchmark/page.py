@@ -72,7 +72,7 @@ def page(found: dict[str, Any]) -> str:
 def _encoder(name: str, told: dict[str, Any]) -> list[str]:
     rows = told["rows"]
     return [
-        f"## An encoder: {told['title']}, {KINDS[processor(told['machine'])]}",
+        f"## An encoder: {told['title']}, {KINDS[name.partition('-')[2]]}",
         "",
         f"{sentence(told['machine'])} {f'{TOKENS} tokens' if DATA[name.partition('-')[0]].is_text else 'Pictures of 28 x 28'}, milliseconds: least (median) of {ROUNDS} rounds, and how many times as fast as the first "
         "row, the 95 % interval of the median of neighbouring runs. Accuracy, and the paired 95 % interval of its difference, on "
@@ -135,7 +135,7 @@ def _verdict(rows: dict[str, Any], size: int) -> str:
 def _language(name: str, told: dict[str, Any]) -> list[str]:
     first = next(iter(told["rows"].values()))
     lines = [
-        f"## A language model: SmolLM2-135M-Instruct, {KINDS[processor(told['machine'])]}",
+        f"## A language model: SmolLM2-135M-Instruct, {KINDS[name.partition('-')[2]]}",
         "",
         f"{sentence(told['machine'])} Tokens a second, best (median) of {TURNS} turns: writing {told['written']} after a few, reading "
         f"{told['prompt']}; of ours also how many times as fast as the whole model in the same runtime and type, the 95 % interval of "
