@@ -2,9 +2,9 @@
 
 Random weights of real shapes, nothing downloaded: BERT-base, Llamas of 1.1 and 6.7 billion parameters, in bfloat16. Every form of
 a model takes turns with the bfloat16 model itself, forward by forward. A row is written as soon as it is measured; the text is
-made of docs/gpu.json, which keeps what was measured before. How long all of it takes has not been seen yet.
+made of docs/gpu.json, which keeps what was measured before. All of it takes over ten minutes on one H200.
 
-    python scripts/bench_gpu.py [encoder] [1b] [7b] [costs] [teachers] [--out docs]
+    python scripts/bench_gpu.py [encoder] [1b] [7b] [compiled] [costs] [teachers] [--out docs]
 """
 
 from __future__ import annotations
@@ -52,8 +52,15 @@ MODELS: dict[str, tuple[str, Any]] = {
     ),
     "7b": ("Llama, 6.7 billion, 128 tokens", LlamaConfig()),
 }
-SKIPPED = {"7b": {"factors of half the size"}}
-"""Singular values of 224 matrices of 4096 x 11008 are the work of many minutes."""
+SKIPPED = {"1b": {"factors of half the size"}, "7b": {"factors of half the size"}}
+"""Singular values of hundreds of matrices of thousands of rows are the work of many minutes."""
+COMPILED: dict[str, list[Any]] = {
+    "bfloat16, compiled": [],
+    "half of the heads and neurons, compiled": CUT,
+    "factors of half the size, compiled": [LowRank(ratio=0.5)],
+    "our 8 bits, compiled": [Quantize(8, engine="hfcompress")],
+}
+COMPILED_TIMES = {8: 10, 128: 6}
 
 
 class Texts:
@@ -144,7 +151,17 @@ def speeds(kept: Kept, part: str) -> None:
             kept.put(part, name, measured(name, methods, reference, task))
 
 
-def measured(name: str, methods: list[Any], reference: Any, task: Texts) -> dict[str, Any]:
+def compiled(kept: Kept, part: str) -> None:
+    """BERT-base through torch.compile, whose CUDA graphs launch all kernels at once, in turns with the model as it is."""
+    config = MODELS["encoder"][1]
+    task, reference = texts_for(config), made(config)
+    for name, methods in COMPILED.items():
+        if not kept.has(part, name):
+            kept.put(part, name, measured(name, methods, reference, task, COMPILED_TIMES))
+            torch._dynamo.reset()
+
+
+def measured(name: str, methods: list[Any], reference: Any, task: Texts, times: dict[int, int] = TIMES) -> dict[str, Any]:
     """What these methods make of a copy of the reference, beside the reference."""
     freed()
     before = torch.cuda.memory_allocated()
@@ -154,9 +171,11 @@ def measured(name: str, methods: list[Any], reference: Any, task: Texts) -> dict
     row: dict[str, Any] = {"megabytes": weigh(model)["bytes"] / 1e6, "seconds": seconds}
     if name.endswith("fast"):
         fast(model)
-    mine, theirs, intervals = timed_in_turns(model, reference, task, TIMES)
+    if name.endswith("compiled"):
+        model = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    mine, theirs, intervals = timed_in_turns(model, reference, task, times)
     row |= {
-        "peak": peak(model, task, 8),
+        **({} if name.endswith("compiled") else {"peak": peak(model, task, 8)}),  # CUDA graphs have memory of their own
         "held": (torch.cuda.memory_allocated() - before) / 1e9,
         "latency_ms": mine,
         "reference_ms": theirs,
@@ -264,7 +283,10 @@ def text(told: dict[str, Any]) -> str:
     ]
     for part in MODELS:
         if part in told:
-            parts += [f"## {MODELS[part][0]}", _speeds(told[part])]
+            parts += [f"## {MODELS[part][0]}", _speeds(told[part], TIMES)]
+    if "compiled" in told:
+        more = 'Each through `torch.compile(model, mode="reduce-overhead")`, in turns with the bfloat16 model as it is, not compiled.'
+        parts += ["## BERT-base, 128 tokens, compiled", more, _speeds(told["compiled"], COMPILED_TIMES)]
     if "costs" in told:
         head = "| the 6.7 billion Llama, 16 texts of 512 tokens | seconds | GB at the peak | of that weights |\n|---|---|---|---|\n"
         rows = [f"| {k} | {v['seconds']:.1f} | {v['peak']:.1f} | {v['weights']:.1f} |" for k, v in told["costs"].items()]
@@ -279,21 +301,21 @@ def text(told: dict[str, Any]) -> str:
     return "\n\n".join([*parts, *(["## Notes"] if told.get("notes") else []), *told.get("notes", [])]) + "\n"
 
 
-def _speeds(rows: dict[str, Any]) -> str:
+def _speeds(rows: dict[str, Any], times: dict[int, int]) -> str:
     generates = any("writing" in row for row in rows.values())
     head = [
         "",
         "MB on disk",
         "GB held",
         "GB beside",
-        *(f"batch {size}, ms (x faster)" for size in TIMES),
+        *(f"batch {size}, ms (x faster)" for size in times),
         *(["tokens/s (x faster)"] * generates),
     ]
     lines = [head, ["---"] * len(head)]
     measured = [row for row in rows.values() if "latency_ms" in row]
     for name, row in rows.items():
-        line = [name, f"{row['megabytes']:.0f}", f"{row['held']:.2f}" if "held" in row else "", f"{row['peak']:.2f}"]
-        for size in TIMES:
+        line = [name, f"{row['megabytes']:.0f}", *(f"{row[key]:.2f}" if key in row else "" for key in ("held", "peak"))]
+        for size in times:
             key = f"b{size}"
             if "latency_ms" in row:
                 line.append(f"{row['latency_ms'][key]['median']:.1f} ({row['times_faster'][key]:.2f})")
@@ -309,6 +331,7 @@ def _speeds(rows: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[Kept, str], None]] = {
     **dict.fromkeys(MODELS, speeds),
+    "compiled": compiled,
     "costs": costs,
     "teachers": teachers,
 }

@@ -131,7 +131,17 @@ def test_the_two_sides_never_meet() -> None:
         *(
             f".{name}"
             for name in (
-                *("base", "beside_codes", "bitsandbytes", "bnb_library", "dense", "kernels", "low_rank", "packing"),
+                *(
+                    "base",
+                    "beside_codes",
+                    "bitsandbytes",
+                    "bnb_hooks",
+                    "bnb_library",
+                    "dense",
+                    "kernels",
+                    "low_rank",
+                    "packing",
+                ),
                 *("quantized", "quantized_conv", "stored"),
             )
         ),

@@ -111,7 +111,8 @@ def _put(module: Any, leaf: str, value: Tensor) -> None:
 def provable(model: Any, batch: dict[str, Tensor]) -> list[Fold]:
     """Where scales change nothing, found by trying them on one example of a batch: for each tensor that Linear or Conv1D layers
     read, by the norm that says it, or by a projection of the same width a little before."""
-    example = _short(next(singles(model, {name: value for name, value in batch.items() if name != "labels"})))
+    writes = model.config.is_encoder_decoder and "decoder_input_ids" not in batch  # then its decoder is given the labels
+    example = _short(next(singles(model, {name: value for name, value in batch.items() if writes or name != "labels"})))
     before, places = _places(model, example)
     alike: dict[str, bool] = {}
     proven: list[Fold] = []

@@ -15,7 +15,7 @@ from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.quantizer import cast_dense, check_layer, forget_reading  # this import registers the loader
 from hfcompress.checkpoint.writing import written
 from hfcompress.layers import holds_codes, prepare
-from hfcompress.layers.bitsandbytes import forget_compute_dtype
+from hfcompress.layers.bnb_hooks import forget_compute_dtype
 
 ADAPTER = "adapter"
 

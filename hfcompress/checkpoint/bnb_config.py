@@ -10,7 +10,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hfcompress.checkpoint.structure import twin
 from hfcompress.layers import features, kind_of
-from hfcompress.layers.bitsandbytes import needs_us
+from hfcompress.layers.bnb_hooks import needs_us
 
 
 def as_bitsandbytes(model: Any, edits: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""bitsandbytes' Linear4bit and Linear8bitLt: their fields, how to make and freeze them, and what they need worked around.
+"""bitsandbytes' Linear4bit and Linear8bitLt: their fields, and how to make them.
 
 bitsandbytes itself is imported when a layer is made, not before: `library`.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hfcompress.checkpoint.errors import shown
 from hfcompress.layers.base import DTYPES, Kind, dense_fields, dense_linear, features, is_conv1d
 from hfcompress.layers.beside_codes import bad_scales, bad_tensor
+from hfcompress.layers.bnb_hooks import FOUR_BIT, LLM_INT8, follows_input, frozen, row_scales
 from hfcompress.layers.bnb_library import library
 from hfcompress.layers.stored import StoredLinear
 
@@ -22,7 +23,7 @@ THRESHOLD_LIMIT = 1000.0
 class Linear4bit(Kind):
     """NF4 or FP4 codes in blocks, whose size stands beside them, and scales, which are nested under double quantisation."""
 
-    type_name = "Linear4bit"
+    type_name = FOUR_BIT
     names = ("in_features", "out_features", "bias", "quant_type", "compress_statistics", "compute_dtype")
     holds_codes = True
     is_ours = False
@@ -33,7 +34,7 @@ class Linear4bit(Kind):
             **dense_fields(layer),
             "quant_type": layer.weight.quant_type,
             "compress_statistics": bool(layer.weight.compress_statistics),
-            "compute_dtype": None if _follows_input(layer) else str(layer.compute_dtype).removeprefix("torch."),
+            "compute_dtype": None if follows_input(layer) else str(layer.compute_dtype).removeprefix("torch."),
         }
 
     @classmethod
@@ -117,7 +118,7 @@ class Linear4bit(Kind):
 
     @staticmethod
     def fast_form(layer: Any) -> nn.Module | None:  # type: ignore[override]
-        if layer.weight.device.type != "cpu" or not _follows_input(layer):
+        if layer.weight.device.type != "cpu" or not follows_input(layer):
             return None
         if not library().functional.has_avx512bf16():
             return Linear4bit.export_form(layer)
@@ -128,7 +129,7 @@ class Linear4bit(Kind):
 class Linear8bit(Kind):
     """LLM.int8(): a scale a row, and columns of large inputs in 16 bits where `threshold` asks for it."""
 
-    type_name = "Linear8bitLt"
+    type_name = LLM_INT8
     names = ("in_features", "out_features", "bias", "threshold")
     holds_codes = True
     is_ours = False
@@ -151,7 +152,8 @@ class Linear8bit(Kind):
         bnb = library()
 
         new = bnb.nn.Linear8bitLt(*features(layer), layer.bias is not None, has_fp16_weights=False, threshold=threshold)
-        weight = bnb.nn.Int8Params(_matrix(layer).cpu(), requires_grad=False, has_fp16_weights=False)
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(_matrix(layer).to(torch.float16).contiguous())
+        weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
         return _in_place_of(layer, new, weight)
 
     @classmethod
@@ -162,7 +164,7 @@ class Linear8bit(Kind):
 
     @staticmethod
     def damage(layer: Any) -> str | None:  # type: ignore[override]
-        scales = _row_scales(layer)
+        scales = row_scales(layer)
         if scales is None:
             return "SCB, the scales of its codes, is missing"
         if wrong := bad_tensor("its codes", layer.weight.data, layer.in_features * layer.out_features, torch.int8):
@@ -175,7 +177,7 @@ class Linear8bit(Kind):
 
     @staticmethod
     def dequantised(layer: Any) -> Tensor:  # type: ignore[override]
-        return layer.weight.data.float() * (_row_scales(layer).float()[:, None] / 127)
+        return layer.weight.data.float() * (row_scales(layer).float()[:, None] / 127)
 
     @staticmethod
     def code_bits(layer: Any) -> int:  # type: ignore[override]
@@ -183,7 +185,7 @@ class Linear8bit(Kind):
 
     @staticmethod
     def export_form(layer: Any) -> nn.Module:  # type: ignore[override]
-        return StoredLinear(layer.weight.data[:, None], _row_scales(layer).float()[:, None] / 127, None, layer.bias)
+        return StoredLinear(layer.weight.data[:, None], row_scales(layer).float()[:, None] / 127, None, layer.bias)
 
 
 def coded(layer: Any, bits: int, **fields: Any) -> nn.Module:
@@ -208,53 +210,6 @@ def scales_read(scales: Tensor) -> Tensor:
     off their mean by."""
     codes, offset, state = _nested(scales)
     return library().functional.dequantize_blockwise(codes, state).add_(offset).reshape(scales.shape)
-
-
-def frozen(layer: Any) -> nn.Module:
-    """A low-bit layer, frozen, as codes can't be trained, and kept off the path that repacks the codes in place.
-
-    On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward; what is saved, dequantised or merged
-    after that is wrong. `source_cls` is what transformers' own loader notes on the layer.
-    """
-    layer.source_cls = nn.Linear
-    layer.support_avx512bf16_for_cpu = False
-    if type(layer).__name__ == Linear4bit.type_name and not layer.compute_type_is_set and not hasattr(layer, "_follows_input"):
-        layer._follows_input = True
-        layer.register_forward_pre_hook(_follow)
-    if type(layer).__name__ == Linear8bit.type_name and not hasattr(layer, "_leading"):
-        layer._leading, layer._many_dims, layer._clashes = None, False, False
-        layer.register_forward_pre_hook(_flatten)
-        layer.register_forward_hook(_unflatten)
-        layer.register_state_dict_post_hook(_clash)
-    return layer.requires_grad_(False)
-
-
-def is_repacked(layer: Any) -> bool:
-    """Whether bitsandbytes has repacked its codes for the CPU, which it does at a forward: nothing else can read them then."""
-    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
-
-
-def forget_compute_dtype(layer: Any, dtype: torch.dtype) -> None:
-    """A plain bitsandbytes config names a compute dtype even of layers that follow their input: the model's own. Such a layer
-    follows it again, so that a model which is loaded and cast is the one that was cast without."""
-    if type(layer).__name__ == Linear4bit.type_name and layer.compute_dtype == dtype:
-        layer.compute_dtype, layer.compute_type_is_set = None, False
-
-
-def needs_us(layer: nn.Module) -> bool:
-    """Whether a low-bit layer was given what bitsandbytes alone can't multiply: its checkpoint needs hfcompress."""
-    return bool(getattr(layer, "_many_dims", False))
-
-
-def _follows_input(layer: Any) -> bool:
-    """Whether it computes in the dtype of its input, none having been asked for."""
-    return hasattr(layer, "_follows_input") or layer.compute_dtype is None
-
-
-def _row_scales(layer: Any) -> Any:
-    """(out,): bitsandbytes moves them at the first forward."""
-    scales = getattr(layer.weight, "SCB", None)
-    return layer.state.SCB if scales is None else scales
 
 
 def _four_bit(
@@ -306,31 +261,3 @@ def _matrix(layer: Any) -> Tensor:
 def _in_place_of(old: Any, new: Any, weight: Any) -> nn.Module:
     new.weight, new.bias = weight, old.bias
     return frozen(new.to(old.weight.device))
-
-
-def _follow(layer: Any, inputs: tuple[Any, ...]) -> None:
-    """Where no compute_dtype was asked for, bitsandbytes keeps that of the very first input: a model cast later would go on
-    computing in the dtype that it had before."""
-    layer.compute_dtype, layer.compute_type_is_set = inputs[0].dtype, True
-
-
-def _flatten(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """bitsandbytes 0.50 gives an input of more than three dimensions back as a matrix: (..., in) goes in as (rows, in).
-
-    And codes that were moved after the first forward, as peft's DoRA does on CPUs, came without their scales.
-    """
-    if layer.weight.CB is not None and layer.weight.SCB is None:
-        layer.weight.SCB = layer.state.SCB
-    layer._leading = inputs[0].shape[:-1] if inputs[0].dim() > 3 else None
-    layer._many_dims |= layer._leading is not None
-    return inputs if layer._leading is None else (inputs[0].flatten(0, -2), *inputs[1:])
-
-
-def _unflatten(layer: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output if layer._leading is None else output.unflatten(0, layer._leading)
-
-
-def _clash(layer: Any, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Codes look like a dense weight: (out, in, 1) can't be loaded as one."""
-    if layer._clashes:
-        tensors[f"{prefix}weight"] = tensors[f"{prefix}weight"][..., None]

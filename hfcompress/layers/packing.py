@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""An integer with a byte for each of so many codes."""
+
 
 def rounded(
     matrix: Tensor, bits: int, group_size: int | None = None, symmetric: bool = True
@@ -52,9 +55,14 @@ def unpacked(stored: Tensor, bits: int, signed: bool) -> Tensor:
     """`packed`, backwards: int8 (..., n), uint8 for unsigned codes of 8 bits."""
     if bits == 8:
         return stored
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stored.device)
-    codes = ((stored[..., None] >> shifts) & (2**bits - 1)).flatten(-2).to(torch.int8)
-    return codes - 2 ** (bits - 1) if signed else codes
+    count = 8 // bits
+    wide = stored.to(_WIDE[count])
+    while count > 1:  # the upper half of the codes that lie together moves up, until each has a byte of its own
+        count //= 2
+        mask = sum((1 << count * bits) - 1 << 8 * start for start in range(0, 8 // bits, count))
+        wide = wide.bitwise_or_(wide << count * (8 - bits)).bitwise_and_(mask)
+    codes = wide.view(torch.int8)
+    return codes.sub_(2 ** (bits - 1)) if signed else codes
 
 
 def worth(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:

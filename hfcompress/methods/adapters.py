@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers import holds_codes, kind_of, prepare
-from hfcompress.layers.bitsandbytes import is_repacked
+from hfcompress.layers.bnb_hooks import is_repacked
 from hfcompress.layers.bnb_library import import_first
 from hfcompress.layers.quantized import QuantLinear
 from hfcompress.methods.base import Method, Tick

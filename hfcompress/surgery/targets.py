@@ -14,7 +14,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
 from hfcompress.layers import KINDS, holds_codes, kind_of, prepare
-from hfcompress.layers.bitsandbytes import codes_fit, is_repacked
+from hfcompress.layers.bitsandbytes import codes_fit
+from hfcompress.layers.bnb_hooks import is_repacked
 from hfcompress.layers.quantized_conv import DENSE
 
 _STORED = ("weight", "SCB", "scale", "offset", "packed")

@@ -51,6 +51,14 @@ def test_scales_of_two_change_no_bit(kind: str, dtype: torch.dtype) -> None:
     assert diff(model) == {}
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_labels_are_what_a_decoder_reads_where_nothing_else_is_given(kind: str) -> None:
+    model, given = tiny_model(kind), batch(kind)
+    found = provable(model, given)
+    given["labels"] = given.pop("decoder_input_ids")
+    assert provable(model, given) == found
+
+
 def test_what_goes_on_elsewhere_takes_no_scales() -> None:
     """BERT's norms speak to the residual as well, and GELU is no matter of scale."""
     folds = provable(tiny_model("bert"), batch("bert"))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hfcompress import fast
-from hfcompress.layers import kernels
+from hfcompress.layers import KINDS, kernels, kind_of
 from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit
 from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear
@@ -59,6 +59,10 @@ def given(rows: int, dtype: torch.dtype, device: torch.device = DEVICE) -> torch
     return torch.randn(rows, INTO, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
+def dequantised(layer: Any) -> torch.Tensor:
+    return KINDS[kind_of(layer) or ""].dequantised(layer)
+
+
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert found.shape == expected.shape
     return float((found.cpu().double() - expected.cpu().double()).norm() / expected.double().norm().clamp_min(1e-12))
@@ -91,11 +95,22 @@ def test_layers_of_bitsandbytes_there_and_back(name: str, dtype: torch.dtype) ->
     x = given(33, dtype)
     found = layer(x)
     assert off(found, dense(x)) < (0.03 if "int8" in name else 0.15)
-    there = copy.deepcopy(layer).to("cpu")
+    there = nn.Sequential(copy.deepcopy(layer)).to("cpu")  # as a model is moved, its layers with it
     assert off(there(x.cpu()), found.float()) < 0.03
+    assert off(dequantised(there[0]), dequantised(layer).float()) < 1e-6
     again = there.to(DEVICE)
-    assert torch.equal(again.weight.data, layer.weight.data)
+    assert off(dequantised(again[0]), dequantised(layer).float()) < 1e-6
+    assert torch.equal(again[0].weight.data, layer.weight.data)
     assert torch.equal(again(x), found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*LINEAR, *BITSANDBYTES])
+def test_rows_that_lie_apart(name: str, dtype: torch.dtype) -> None:
+    layer = built(LINEAR[name]) if name in LINEAR else built(BITSANDBYTES[name], linear().to(DEVICE, dtype))
+    layer, x = layer.to(DEVICE, dtype), given(24, dtype).reshape(8, 3, INTO)
+    for rows in (x[:, 0], x[:3, 1], x.transpose(0, 1)):
+        assert off(layer(rows), layer(rows.contiguous()).float()) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("name", LINEAR)
