@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from hfcompress.export.base import Source
+from hfcompress.export.halves import Reads, Writes, read_and_written
 
 MODEL, ENCODER, DECODER = "model", "encoder", "decoder"
 """Names of graphs: a whole model; the two halves of one that reads a text whole and then writes another."""
@@ -26,15 +27,16 @@ class Graph:
     axes: dict[str, Any]
 
 
-def graphs_of(source: Source) -> dict[str, Graph]:
-    """The graphs of a model by their names.
+def graphs_of(source: Source, by_cache: bool = True) -> dict[str, Graph]:
+    """The graphs of a model by their names; `by_cache`: whether its runtime can begin with an empty one.
 
     A causal language model is one that takes a cache and gives it back, so that the same graph reads a text whole and goes on
-    word by word. An encoder-decoder is two: what it reads is encoded once. All else is one.
+    word by word. An encoder-decoder is two: what it reads is encoded once, and the second goes on by a cache as well, where the
+    model can be taken apart so. All else is one.
     """
     model, example = source.model, dict(source.example(BATCH, LENGTH if source.has_length else None))
     if translates(model):
-        return _halves(model, example)
+        return _halves(model, example, by_cache)
     if writes(model):
         return {MODEL: _with_cache(model, example)}
     return {MODEL: Graph(model, example, {name: _axes(name, value) for name, value in example.items()})}
@@ -47,7 +49,6 @@ def writes(model: Any) -> bool:
 
 def _with_cache(model: Any, example: dict[str, Any]) -> Graph:
     """One step of several tokens, with a cache; batches and lengths vary, heads and their widths don't."""
-    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
     from transformers.exporters.utils import decompose_for_generation
 
     ids = example["input_ids"]
@@ -56,6 +57,12 @@ def _with_cache(model: Any, example: dict[str, Any]) -> Graph:
     with torch.no_grad():
         given = {"input_ids": ids, "attention_mask": mask}
         module, inputs = decompose_for_generation(model, given, multi_token_decode=True)["decode"]
+    return _step(module, inputs)
+
+
+def _step(module: nn.Module, inputs: dict[str, Any]) -> Graph:
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+
     traced = {name: value for name, value in inputs.items() if not isinstance(value, bool | int | str | None)}
     return Graph(module, inputs, {name: _varying(get_auto_dynamic_shapes(value)) for name, value in traced.items()})
 
@@ -79,9 +86,12 @@ def _varying(axes: Any) -> Any:
     return axes
 
 
-def _halves(model: Any, example: dict[str, Any]) -> dict[str, Graph]:
+def _halves(model: Any, example: dict[str, Any], by_cache: bool) -> dict[str, Graph]:
     read = model.main_input_name
     given = {name: example[name] for name in (read, "attention_mask") if name in example}
+    axes: dict[str, Any] = {name: _axes(name, value) for name, value in given.items()}
+    if by_cache and (taken := read_and_written(model, given)):
+        return {ENCODER: Graph(Reads(model), given, axes), DECODER: _step(Writes(model), taken)}
     encoder = model.get_encoder()
     with torch.no_grad():
         hidden = encoder(**given, return_dict=True).last_hidden_state
@@ -89,13 +99,10 @@ def _halves(model: Any, example: dict[str, Any]) -> dict[str, Graph]:
     if written is None:
         written = torch.full((len(hidden), 3), model.config.decoder_start_token_id or 0)
     inputs: dict[str, Any] = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "decoder_input_ids": written}
-    axes: dict[str, Any] = {"encoder_outputs": [_all(hidden)], "decoder_input_ids": _all(written)}
+    varying: dict[str, Any] = {"encoder_outputs": [_all(hidden)], "decoder_input_ids": _all(written)}
     if "attention_mask" in given:
-        inputs["attention_mask"], axes["attention_mask"] = given["attention_mask"], _all(given["attention_mask"])
-    return {
-        ENCODER: Graph(encoder, given, {name: _axes(name, value) for name, value in given.items()}),
-        DECODER: Graph(model, {**inputs, "use_cache": False}, axes),
-    }
+        inputs["attention_mask"], varying["attention_mask"] = given["attention_mask"], _all(given["attention_mask"])
+    return {ENCODER: Graph(encoder, given, axes), DECODER: Graph(model, {**inputs, "use_cache": False}, varying)}
 
 
 def _axes(name: str, value: Tensor) -> dict[int, Any]:

@@ -66,7 +66,8 @@ class Served(nn.Module):
     def forward(self, **batch: Tensor) -> Any:
         """What the model says of a whole batch; of a causal model, `logits` of every token."""
         if DECODER in self.exported.components:
-            return self._decode(batch["decoder_input_ids"], self._encode(batch), batch.get("attention_mask"))
+            ids = batch["decoder_input_ids"]
+            return self._decode(ids, self._encode(batch), batch.get("attention_mask"), self._no_past(len(ids)))
         if not self._is_causal:
             return self.exported(share_inputs=False, **self._taken(batch))
         return self._step(batch["input_ids"], batch.get("attention_mask"), self._no_past(len(batch["input_ids"])))
@@ -78,26 +79,27 @@ class Served(nn.Module):
         batch = batch if input_ids is None else {"input_ids": input_ids, **batch}
         ended = _ends(self.generation_config)
         pad = next((one for one in (self.generation_config.pad_token_id, *ended) if one is not None), 0)
+        mask, read = batch.get("attention_mask"), None
         if self._is_causal:
             ids = batch["input_ids"]
-            mask = batch.get("attention_mask", torch.ones_like(ids))
-            cache = self._no_past(len(ids))
-            fresh = ids
+            mask = torch.ones_like(ids) if mask is None else mask
         else:
-            hidden = self._encode(batch)
+            read = self._encode(batch)
             start = self.generation_config.decoder_start_token_id
-            ids = torch.full((len(hidden), 1), self.config.decoder_start_token_id if start is None else start)
+            size = len(next(iter(batch.values())))
+            ids = torch.full((size, 1), self.config.decoder_start_token_id if start is None else start)
         done = torch.zeros(len(ids), dtype=torch.bool)
-        for _ in range(max_new_tokens):
+        cache, fresh = self._no_past(len(ids)), ids
+        for number in range(max_new_tokens):
             if self._is_causal:
                 said = self._step(fresh, mask, cache, counted=True)
-                cache = said.past_key_values
             else:
-                said = self._decode(ids, hidden, batch.get("attention_mask"))
+                said = self._decode(fresh if self.caches else ids, read, mask, cache, goes_on=number > 0)
+            cache = said.past_key_values
             best = said.logits[:, -1].argmax(-1)
             fresh = torch.where(done, pad, best)[:, None]
             ids = torch.cat([ids, fresh], 1)
-            if self._is_causal:
+            if self._is_causal and mask is not None:
                 mask = torch.cat([mask, torch.ones_like(fresh)], 1)
             done |= torch.isin(fresh[:, 0], torch.tensor(ended, dtype=torch.long))
             if bool(done.all()):
@@ -118,20 +120,26 @@ class Served(nn.Module):
     def _is_causal(self) -> bool:
         return self.generation_config is not None and DECODER not in self.exported.components
 
-    def _encode(self, batch: dict[str, Tensor]) -> Tensor:
+    def _encode(self, batch: dict[str, Tensor]) -> Any:
+        """All that the decoder needs of what is read: the keys and values of its layers, or hidden states."""
         runner = self.exported.runners[ENCODER]
-        given = {name: batch[name] for name in runner.metadata.kwargs if name in batch}
-        return runner(share_inputs=False, **given)[0]  # type: ignore[no-any-return]
+        said = runner(share_inputs=False, **{name: batch[name] for name in runner.metadata.kwargs if name in batch})
+        return said["cross"] if self.caches else said[0]
 
-    def _decode(self, ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Any:
-        runner = self.exported.runners[DECODER]
-        given = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "decoder_input_ids": ids}
-        return runner(share_inputs=False, **given, **({} if mask is None else {"attention_mask": mask}))
+    def _decode(self, ids: Tensor, read: Any, mask: Tensor | None, cache: Any, goes_on: bool = False) -> Any:
+        """Write on after these tokens; `goes_on`: of the same text as before."""
+        masked = {} if mask is None else {"attention_mask": mask}
+        if self.caches:
+            return self._ahead(DECODER, {"decoder_input_ids": ids}, {"cross": read, **masked}, cache, goes_on)
+        given = {"encoder_outputs": BaseModelOutput(last_hidden_state=read), "decoder_input_ids": ids, **masked}
+        return self.exported.runners[DECODER](share_inputs=False, **given)
 
     def _no_past(self, size: int) -> Any:
         """The cache before the first token of so many texts; each layer has heads of its own, as they may be cut unevenly."""
+        if not self.caches:
+            return None
         if self.format == "openvino":  # which keeps the cache itself
-            self.exported.runners[MODEL].request.reset_state()
+            self.exported.runners[MODEL if self._is_causal else DECODER].request.reset_state()
             return None
         cache = DynamicCache()
         for layer, (heads, width, out) in enumerate(self.caches):
@@ -141,17 +149,26 @@ class Served(nn.Module):
     def _step(self, ids: Tensor, mask: Tensor | None, cache: Any, counted: bool = False) -> Any:
         """Read these tokens after those of the cache; `mask` is (batch, past + new). `counted`: positions count no pads, as in
         `generate` and unlike in a forward."""
-        runner = self.exported.runners[MODEL]
         mask = torch.ones_like(ids) if mask is None else mask
         places = (mask if counted else torch.ones_like(mask)).long().cumsum(-1) - 1
         positions = places.clamp_min(0)[:, mask.shape[1] - ids.shape[1] :]
-        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        given = {name: value for name, value in given.items() if name in runner.metadata.kwargs}
+        return self._ahead(MODEL, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, {}, cache)
+
+    def _ahead(self, graph: str, new: dict[str, Any], same: dict[str, Any], cache: Any, goes_on: bool = False) -> Any:
+        """A graph's answer to what is new, and to what is the same at every step of a text, which OpenVINO keeps as it does the
+        cache."""
+        runner = self.exported.runners[graph]
         if self.format != "openvino":
+            given = {name: value for name, value in {**new, **same}.items() if name in runner.metadata.kwargs}
             return runner(**given, past_key_values=cache)
-        feed = {name: value.numpy() for name, value in given.items()}
-        if any("beam_idx" in port.names for port in runner.compiled_model.inputs):
-            feed["beam_idx"] = torch.arange(len(ids), dtype=torch.int32).numpy()
+        from transformers.exporters.utils import get_leaf_tensors
+
+        takes = {name for port in runner.compiled_model.inputs for name in port.names}
+        leaves = get_leaf_tensors(new if goes_on else {**new, **same})
+        feed = {name: value.numpy() for name, value in leaves.items() if name in takes}
+        if "beam_idx" in takes:
+            size = len(next(iter(new.values())))
+            feed["beam_idx"] = torch.arange(size, dtype=torch.int32).numpy()
         logits = runner.request.infer(feed)["logits"]
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits.copy()))
 

@@ -34,6 +34,8 @@ class Traced(Format):
 
     program: ClassVar[str]
     """How the file of a graph is called, as a format of its name."""
+    begins_empty: ClassVar[bool] = True
+    """Whether its runtime takes a cache that holds no token yet."""
 
     @property
     def place(self) -> str:
@@ -75,7 +77,7 @@ class Traced(Format):
         caches: list[list[int]] = []
         with quiet_exporters(), torch.no_grad():
             exporter = self.exporter()
-            for name, graph in graphs_of(source).items():
+            for name, graph in graphs_of(source, self.begins_empty).items():
                 how = {"quantizer": self.quantizer(self._samples(source))} if self.quantize and not by_codes else {}
                 try:
                     with self.written(graph.module):
@@ -192,6 +194,7 @@ class Executorch(Traced):
 
     packages: ClassVar[dict[str, str]] = {"executorch": "executorch"}
     program: ClassVar[str] = "{}.pte"
+    begins_empty: ClassVar[bool] = False
 
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         if writes(source.model):

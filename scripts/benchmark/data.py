@@ -29,6 +29,8 @@ class Data:
     train: dict[str, Any]
     """Fields of the `train` step."""
     is_text: bool = True
+    without: tuple[str, ...] = ()
+    """Contestants, or all that are made of a model, left out to save hours."""
 
 
 DATA = {
@@ -39,6 +41,7 @@ DATA = {
     "newsgroups": Data(
         "MiniLM on 20 Newsgroups", {"name": "text-classification", "dataset": "newsgroups", "max_length": TOKENS},
         {"epochs": 2, **FINE},
+        without=("half", "fastest-2", "fastest-1", "bitsandbytes, int8", "bitsandbytes, NF4"),
     ),
     "digits": Data(
         "a ViT on handwritten digits", {"name": "image-classification", "dataset": "digits"},
@@ -63,13 +66,15 @@ def start_of(name: str) -> Path:
 
 def steps_of(model: str, name: str) -> list[Any]:
     """What makes a model of the one that everybody starts from: the steps of a recipe, with a number of layers behind a dash.
-    Pictures have no table of tokens to make smaller, and a convolution in its place."""
+    A teacher answers each text once. Pictures have no table of tokens to make smaller, and a convolution in its place."""
     recipe, _, layers = model.partition("-")
     steps = Recipe.load({"half": "distil-half"}.get(recipe, recipe)).to_dict()["steps"]
     if recipe == "quickstart":
         steps = steps[1:]  # its first is the fine-tuning
     if layers:
         steps = [{"student": {"number": int(layers)}}, *steps[1:]]
+    for rider in (rider for step in steps if "train" in step for rider in step["train"]["with"]):
+        rider["distill"]["cache"] = str(OUT / name / f"{model}-answers")
     if DATA[name].is_text:
         return list(steps)
     told = [step for step in steps if "low_rank" not in step]

@@ -34,6 +34,8 @@ def measured(data: str) -> dict[str, Any]:
         for one in ENCODERS:
             if one.needs not in Path("/proc/cpuinfo").read_text() or (one.kind == "pooled" and not DATA[data].is_text):
                 continue
+            if {one.name, one.model} & set(DATA[data].without):
+                continue
             files, minutes = served(one, data, arrays["train"])
             workers[one.name] = worker = Worker("worker.py", one, files)
             if one.kind == "pooled":

@@ -20,12 +20,18 @@ VOCABULARY = 600
 def source_of(model: Any, processor: Any = None) -> Source:
     """Random inputs of the kind that the model reads."""
     config = model.config
-    is_image = model.main_input_name == "pixel_values"
+    is_image, is_sound = (model.main_input_name == name for name in ("pixel_values", "input_features"))
 
     def example(size: int, length: int | None) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(size)
         if is_image:
             return {"pixel_values": torch.randn(size, 3, config.image_size, config.image_size, generator=generator)}
+        if is_sound:
+            heard = torch.randn(size, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+            return {
+                "input_features": heard,
+                "decoder_input_ids": torch.randint(5, config.vocab_size, (size, 4), generator=generator),
+            }
         ids = torch.randint(5, config.vocab_size, (size, length or 12), generator=generator)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if config.is_encoder_decoder:
@@ -35,7 +41,7 @@ def source_of(model: Any, processor: Any = None) -> Source:
     def samples(count: int) -> Iterator[dict[str, torch.Tensor]]:
         return (example(1, 8 + number) for number in range(count))
 
-    return Source(model, processor, example, samples, has_length=not is_image)
+    return Source(model, processor, example, samples, has_length=not (is_image or is_sound))
 
 
 def byte_tokenizer(cut: Any = None, **told: Any) -> PreTrainedTokenizerFast:

@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig, GenerationMixin
 
 from hfcompress import CompressionError, PruneHeads, Quantize
 from hfcompress.export import FORMATS
 from hfcompress.export.agreement import ALLOWED, agreement
+from hfcompress.export.halves import Reads
 from hfcompress.export.plain import plain
 from hfcompress.export.served import Served, weight_bytes
 from hfcompress.export.traced import Executorch, Openvino
 from hfcompress.layers.quantized import QuantLinear
 from hfcompress.layers.stored import StoredEmbedding, StoredLinear
+from tests.distillation.lessons import pupil
 from tests.export.models import source_of
 from tests.methods.test_laws import FewBatches, stacked
 from tests.tiny import DECODERS, ENCODERS, tiny_model
@@ -77,6 +80,41 @@ def test_an_export_says_what_pytorch_says(to: str, kind: str, how: str, exports:
     assert told["off"] <= ALLOWED
     if source.model.can_generate():
         assert told["same_tokens"] == 1.0
+
+
+def writer(kind: str) -> Any:
+    """A translator whose layers have other numbers of heads each."""
+    model = pupil("whisper") if kind == "whisper" else tiny_model(kind)
+    PruneHeads(0.5, scores="l1", ranking="global").run(model, None)
+    model.generation_config = GenerationConfig(decoder_start_token_id=1, eos_token_id=2, pad_token_id=0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["bart", "whisper"])
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_a_decoder_goes_on_by_its_cache(to: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, found = served(writer(kind), to, tmp_path / "cached")
+    told = agreement(source, found)
+    assert told["off"] <= ALLOWED and told["same_tokens"] == 1.0
+    assert len(found.caches) == source.model.config.decoder_layers
+    given: list[int] = []
+    ahead = found._ahead
+    monkeypatch.setattr(
+        found, "_ahead", lambda graph, new, *rest: given.append(new["decoder_input_ids"].shape[1]) or ahead(graph, new, *rest)
+    )
+    batch = {name: value for name, value in source.example(2, 9).items() if name != "decoder_input_ids"}
+    written = found.generate(**batch, max_new_tokens=14)
+    plainly: Any = GenerationMixin.generate
+    expected = plainly(source.model, **batch, do_sample=False, num_beams=1, max_new_tokens=14)
+    assert torch.equal(written, expected) and given == [1] * (written.shape[1] - 1)
+
+
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_a_decoder_that_can_not_reads_its_text_anew_each_time(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reads, "forward", lambda self, **given: {"cross": []})
+    source, found = served(writer("bart"), to, tmp_path)
+    told = agreement(source, found)
+    assert found.caches == [] and told["off"] <= ALLOWED and told["same_tokens"] == 1.0
 
 
 def test_a_classifier_of_an_encoder_decoder_is_one_graph(tmp_path: Path) -> None:
