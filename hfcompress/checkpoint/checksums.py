@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ CHECKSUMS = "checksums.json"
 _NAMES = ("id2label", "label2id", "_name_or_path", "transformers_version")
 
 
-def write_checksums(folder: Path) -> None:
-    """Note the SHA-256 of every file of weights, and of what config.json says about the computation."""
-    files = {name: _of_file(folder / name) for name in _weights(folder)}
-    told = {"algorithm": "sha256", "config": _of_config(read_json(folder / "config.json")), "files": files}
+def write_checksums(folder: Path, others: Iterable[str] = ()) -> None:
+    """Note the SHA-256 of every file of weights, of others that hold what is computed, and of what config.json says of that."""
+    files = {name: _of_file(folder / name) for name in (*_weights(folder), *others)}
+    told = {"algorithm": "sha256", "config": _config_in(folder), "files": files}
     write_text(folder / CHECKSUMS, json.dumps(told, indent=2) + "\n", "the checksums")
 
 
@@ -30,11 +31,12 @@ def check_checksums(folder: Path) -> bool:
     files = told.get("files")
     if not isinstance(files, dict) or not all(isinstance(one, str) for one in (told.get("config"), *files.values())):
         raise _changed(folder / CHECKSUMS, "it holds no checksums")
-    if _of_config(read_json(folder / "config.json")) != told["config"]:
+    if _config_in(folder) != told["config"]:
         raise _changed(folder / "config.json", "it describes another model than was saved")
-    if different := sorted(set(files) ^ set(_weights(folder))):
-        what = "is missing" if different[0] in files else "was not saved with the others"
-        raise _changed(folder, f"{shown(different[0])} {what}")
+    if missing := [name for name in sorted(files) if not (folder / name).is_file()]:
+        raise _changed(folder, f"{shown(missing[0])} is missing")
+    if unknown := sorted(set(_weights(folder)) - set(files)):
+        raise _changed(folder, f"{shown(unknown[0])} was not saved with the others")
     for name in sorted(files):
         if _of_file(folder / name) != files[name]:
             raise _changed(folder / name, "it is not the file that was saved, its checksum is another")
@@ -65,7 +67,10 @@ def _weights(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _of_config(config: dict[str, Any]) -> str:
+def _config_in(folder: Path) -> str:
+    """Exports for llama.cpp have none."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
     told = {key: value for key, value in config.items() if key not in _NAMES}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

@@ -19,6 +19,8 @@ TOLD = "exported.json"
 """What hfcompress knows of an export: its format and fields, and what the model weighs."""
 
 WEIGHTS = (".bin", ".data", ".onnx", ".pte", ".gguf")
+"""Endings of files that hold weights; graphs lie in them too, or in files of their own."""
+GRAPHS = (".xml",)
 
 
 def is_export(folder: str | Path) -> bool:
@@ -171,6 +173,11 @@ class Served(nn.Module):
             feed["beam_idx"] = torch.arange(size, dtype=torch.int32).numpy()
         logits = runner.request.infer(feed)["logits"]
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits.copy()))
+
+
+def computed_by(folder: Path) -> list[str]:
+    """The files of an export that say what is computed."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (*WEIGHTS, *GRAPHS))
 
 
 def weight_bytes(folder: Path) -> int:

@@ -111,7 +111,7 @@ def push(folder: str | Path, repo_id: str, private: bool = False, token: str | N
     `private` for a repository that is public, any failed upload.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "exported.json")):
         raise CompressionError(f"push: {str(folder)!r} has no config.json; name the folder of a saved model.")
     _owner(repo_id)
     check_checksums(folder)

@@ -37,7 +37,7 @@ def trusting(task: Any, trusted: bool) -> Any:
 
 def model_folder(folder: str) -> Path:
     path = Path(folder)
-    if not (path / "config.json").is_file():
+    if not any((path / name).is_file() for name in ("config.json", "exported.json")):
         raise CompressionError(
             f"{folder!r}: no model lies there (no config.json); give a folder that hfcompress run has written."
         )

@@ -199,10 +199,12 @@ def doctor(
 def show(folder: Folder) -> None:
     """Print what was changed, layer by layer, and the table."""
     from hfcompress.checkpoint.show import described, harmless
+    from hfcompress.export.served import is_export
     from hfcompress.results.report import Report
+    from hfcompress.run.exporting import export_lines
 
     path = model_folder(folder)
-    for line in described(path):
+    for line in export_lines(path) if is_export(path) else described(path):
         console.print(line if isinstance(line, str) else _changes(line), markup=False)
     if (path / "adapter").is_dir():
         console.print("a LoRA adapter lies in adapter/")
@@ -228,8 +230,11 @@ def verify(folder: Folder) -> None:
     """Check that a folder is the model that was saved: checksums, structure, every tensor."""
     _quiet_transformers()
     from hfcompress.checkpoint.verify import verify as verified
+    from hfcompress.export.served import is_export
+    from hfcompress.run.exporting import verify_export
 
-    values = verified(model_folder(folder))
+    path = model_folder(folder)
+    values = verify_export(path) if is_export(path) else verified(path)
     without = "whole, but nothing tells whether its values were changed: it has no checksums.json"
     console.print(f"{folder}: {'whole, as it was saved' if values else without}", markup=False)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.checkpoint.checksums import check_checksums, read_json, write_checksums
+from hfcompress.checkpoint.errors import CompressionError, first_line, printable, shown
 from hfcompress.checkpoint.writing import scratch_beside, write_text, written
 from hfcompress.export import FORMATS, Format, Source
 from hfcompress.export.agreement import agreement
-from hfcompress.export.served import TOLD, Served, is_export
+from hfcompress.export.served import TOLD, Served, computed_by, is_export, told_of, weight_bytes
 from hfcompress.results.export_card import export_card
 from hfcompress.results.measure import weigh
 from hfcompress.run.reading import read_named
@@ -47,6 +48,50 @@ def export_model(
     check_free(out, overwrite)
     write_export(str(folder), chosen, _task_for(str(folder), chosen, task), out)
     return out
+
+
+def verify_export(folder: Path) -> bool:
+    """Check an export's files against their checksums and, where its runtime is here, that it opens them.
+
+    Returns whether the values were checked: False for a folder without checksums. CompressionError where something is damaged.
+    """
+    told = told_of(folder)
+    checked = check_checksums(folder)
+    chosen = format_of(told["to"], {})
+    try:
+        chosen.check_here()
+    except CompressionError:
+        return checked
+    if chosen.answers:
+        try:
+            Served(folder)
+        except CompressionError:
+            raise
+        except Exception as error:  # the runtimes' own
+            raise CompressionError(
+                f"{folder}: {chosen.key()} can't open it ({shown(first_line(error))}); export the model again."
+            ) from error
+    return checked
+
+
+def export_lines(folder: Path) -> list[str]:
+    """What an export is, for a terminal."""
+    told, config = told_of(folder), folder / "config.json"
+    found = read_json(config) if config.is_file() else {}
+    names = found.get("architectures")
+    whose = f"{', '.join(map(str, names)) if isinstance(names, list) else '?'}, {found.get('model_type')}"
+    fields = ", ".join(f"{key} {value}" for key, value in dict(told.get("fields") or {}).items())
+    agrees = dict(told.get("agreement") or {})
+    lines = [
+        *([whose] if found else []),
+        f"an export to {told['to']}{f' ({fields})' if fields else ''}, which its runtime loads alone",
+        f"{told['parameters']:,} parameters in {weight_bytes(folder) / 1e6:.1f} MB",
+    ]
+    if "off" in agrees:
+        lines.append(f"off from what PyTorch says by {agrees['off']:.2g} of the spread of its logits")
+    if "same_tokens" in agrees:
+        lines.append(f"{agrees['same_tokens']:.0%} of the tokens that it wrote are PyTorch's")
+    return [printable(line)[:300] for line in lines]
 
 
 def format_of(name: str, fields: dict[str, Any]) -> Format:
@@ -110,6 +155,7 @@ def write_export(folder: str, chosen: Format, task: Any, out: Path) -> dict[str,
         if chosen.answers:
             off = agreement(source, Served(work, in_float32=True), is_exact=getattr(chosen, "quantize", None) is None)
             write_text(work / TOLD, json.dumps({**told, "agreement": off}, indent=2) + "\n", "the export")
+        write_checksums(work, computed_by(work))
         write_text(work / "README.md", export_card(work, _called(out), chosen, told | {"agreement": off}), "the model card")
         if out.is_dir():
             shutil.rmtree(out)

@@ -588,3 +588,12 @@ def test_pushed_snippet_runs_in_a_fresh_process(
     scope: dict[str, Any] = {}
     exec(snippet(local), scope)
     assert type(scope["model"]).__name__ == kind
+
+
+def test_an_export_is_pushed_alone(hub: HubServer, tmp_path: Path) -> None:
+    """One for llama.cpp has no config.json."""
+    told = {"exported.json": "{}", "model.gguf": "GGUF", "Modelfile": "FROM ./model.gguf", "notes.txt": "mine"}
+    for name, text in told.items():
+        (tmp_path / name).write_text(text)
+    push(tmp_path, "me/small-gguf")
+    assert set(HfApi().list_repo_files("me/small-gguf")) == {".gitattributes", *told} - {"notes.txt"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from hfcompress.export.served import Served
 from hfcompress.results.report import Report
 from hfcompress.results.saved_files import other_files
 from hfcompress.run.cli import app
-from hfcompress.run.exporting import format_of
+from hfcompress.run.exporting import export_lines, format_of, verify_export
 from hfcompress.tasks.pretrained import open_model
 from tests.export.models import byte_tokenizer
 from tests.tiny import SPECIAL, WORDS, tiny_checkpoint, tiny_model, tiny_texts
@@ -97,6 +98,23 @@ def test_the_command_line_takes_and_gives_exports(made: Path, tmp_path: Path) ->
     assert CliRunner().invoke(app, ["export", str(made), "--to", "onnx", "--output", str(out), "--overwrite"]).exit_code == 0
 
 
+def test_show_and_verify_know_an_export(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "openvino"
+    shutil.copytree(made / "openvino", folder)
+    told = CliRunner().invoke(app, ["show", str(folder)]).output
+    assert "an export to openvino, which its runtime loads alone" in told and "off from what PyTorch says by" in told
+    assert CliRunner().invoke(app, ["verify", str(folder)]).output.split(": ")[1] == "whole, as it was saved\n"
+    weights = folder / "openvino_model.bin"
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    with pytest.raises(CompressionError, match="bin: it is not the file that was saved, its checksum is another"):
+        verify_export(folder)
+    (folder / "checksums.json").unlink()
+    assert verify_export(folder) is False
+    (folder / "openvino_model.xml").write_text("<net>")
+    with pytest.raises(CompressionError, match="openvino can't open it"):
+        verify_export(folder)
+
+
 def test_segments_of_pairs_are_read(place: Path, tmp_path: Path) -> None:
     rows = [
         {"one": f"the {a}", "two": f"a {b} of the {b}", "label": "same" if a == b else "other"} for a in PAIRS for b in PAIRS
@@ -143,6 +161,7 @@ def test_a_gguf_needs_no_task(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     out = export_model(tmp_path / "llama", "gguf", type="F16")
     assert out == tmp_path / "llama" / "gguf" and (out / "model.gguf").is_file() and (out / "Modelfile").is_file()
+    assert verify_export(out) is True and export_lines(out)[0] == "an export to gguf, which its runtime loads alone"
     assert "xllamacpp" in (out / "README.md").read_text()
 
 
