@@ -59,6 +59,7 @@ class Format(Named):
         """Put the model into the folder; what is worth telling of how it was done."""
         raise NotImplementedError
 
-    def snippet(self, name: str) -> str:
-        """Python that loads the folder, called `name`, with the runtime alone, and computes on `inputs` of a tokenizer."""
+    def snippet(self, name: str, told: dict[str, Any]) -> str:
+        """Python that loads the folder, called `name`, with the runtime alone, and computes on `inputs` of a tokenizer; `told`:
+        what `exported.json` holds."""
         raise NotImplementedError

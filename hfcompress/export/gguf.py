@@ -76,7 +76,7 @@ class Gguf(Format):
             "matrices_quantised": counted["others"],
         }
 
-    def snippet(self, name: str) -> str:
+    def snippet(self, name: str, told: dict[str, Any]) -> str:
         return "\n".join(
             [
                 "import xllamacpp",

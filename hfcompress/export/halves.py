@@ -26,8 +26,9 @@ class Reads(nn.Module):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         start = torch.zeros_like(hidden[:, :1, 0], dtype=torch.long)
         mask = {name: given[name] for name in ("attention_mask",) if name in given}
+        said = BaseModelOutput(last_hidden_state=hidden)
         self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), decoder_input_ids=start, past_key_values=cache, **mask
+            encoder_outputs=said, decoder_input_ids=start, past_key_values=cache, use_cache=True, **mask
         )  # what else it says is not given back, and so no part of the graph
         read: list[Any] = cache.cross_attention_cache.layers
         return {"cross": [tensor for layer in read for tensor in (layer.keys, layer.values)]}
@@ -49,8 +50,9 @@ class Writes(nn.Module):
         cache = EncoderDecoderCache(past_key_values, read)
         cache.is_updated = dict.fromkeys(range(len(read.layers)), True)
         length = BaseModelOutput(last_hidden_state=cross[0][:, 0, :, :1])  # of what was read, its length alone is asked for
-        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-        said = self.model(encoder_outputs=length, decoder_input_ids=decoder_input_ids, past_key_values=cache, **mask)
+        given: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        given |= {"encoder_outputs": length, "decoder_input_ids": decoder_input_ids}
+        said = self.model(**given, past_key_values=cache, use_cache=True)
         return CausalLMOutputWithPast(logits=said.logits, past_key_values=said.past_key_values.self_attention_cache)
 
 

@@ -68,7 +68,7 @@ class Served(nn.Module):
     def forward(self, **batch: Tensor) -> Any:
         """What the model says of a whole batch; of a causal model, `logits` of every token."""
         if DECODER in self.exported.components:
-            ids = batch["decoder_input_ids"]
+            ids, batch = batch["decoder_input_ids"], self._masked(batch)
             return self._decode(ids, self._encode(batch), batch.get("attention_mask"), self._no_past(len(ids)))
         if not self._is_causal:
             return self.exported(share_inputs=False, **self._taken(batch))
@@ -78,13 +78,12 @@ class Served(nn.Module):
     def generate(self, input_ids: Tensor | None = None, max_new_tokens: int = 20, **batch: Tensor) -> Tensor:
         """The likeliest token each time, as `generate(do_sample=False)` of the model; (batch, tokens). Texts that have ended go
         on with the pad token."""
-        batch = batch if input_ids is None else {"input_ids": input_ids, **batch}
+        batch = self._masked(batch if input_ids is None else {"input_ids": input_ids, **batch})
         ended = _ends(self.generation_config)
         pad = next((one for one in (self.generation_config.pad_token_id, *ended) if one is not None), 0)
         mask, read = batch.get("attention_mask"), None
         if self._is_causal:
             ids = batch["input_ids"]
-            mask = torch.ones_like(ids) if mask is None else mask
         else:
             read = self._encode(batch)
             start = self.generation_config.decoder_start_token_id
@@ -117,6 +116,11 @@ class Served(nn.Module):
                 f"{', '.join(takes)}; export the model again with a --task whose texts have them."
             )
         return {name: value for name, value in batch.items() if name in takes}
+
+    def _masked(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With a mask of its texts, as models make one of ones where none is given."""
+        ids = batch.get("input_ids")
+        return batch if ids is None else {"attention_mask": torch.ones_like(ids), **batch}
 
     @property
     def _is_causal(self) -> bool:

@@ -16,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export.base import Format, Source
-from hfcompress.export.graphs import MODEL, cached_layers, graphs_of, writes
+from hfcompress.export.graphs import cached_layers, graphs_of, writes
 from hfcompress.export.onnx_blocks import IN_FLOAT32, IN_INTEGERS, blocks_of, in_blocks
 from hfcompress.export.openvino_graph import free_precision, pack_nibbles
 from hfcompress.export.plain import plain
+from hfcompress.export.snippets import ONNX, OPENVINO, code_of
 from hfcompress.layers.kernels import FULL, levels
 from hfcompress.layers.stored import StoredLinear
 
@@ -93,7 +94,10 @@ class Traced(Format):
                 caches = [[*one.keys.shape[1::2], one.values.shape[3]] for one in cached_layers(graph.inputs)]
             generation = model.generation_config if model.can_generate() else None
             ExportedModel(components, exporter.export_format, model.config, generation).save_pretrained(folder)
-        return {"graphs": list(components), **({"caches": caches} if caches else {})}
+        start = getattr(generation, "decoder_start_token_id", None)
+        start = getattr(model.config, "decoder_start_token_id", None) if start is None else start
+        told = {"caches": caches or None, "start": start}
+        return {"graphs": list(components), **{name: value for name, value in told.items() if value is not None}}
 
     def _samples(self, source: Source) -> list[dict[str, Any]]:
         """Single examples: those of a batch are padded to the longest, and pads would widen what is seen."""
@@ -138,9 +142,8 @@ class Openvino(Traced):
         pack_nibbles(program)
         free_precision(program)
 
-    def snippet(self, name: str) -> str:
-        lines = ["import openvino", "", f'model = openvino.Core().compile_model("{name}/{self.file(MODEL)}", "CPU")']
-        return "\n".join([*lines, 'logits = model(dict(inputs))["logits"]'])
+    def snippet(self, name: str, told: dict[str, Any]) -> str:
+        return code_of(OPENVINO, name, told)
 
 
 class Onnx(Traced):
@@ -178,9 +181,8 @@ class Onnx(Traced):
         layers = [one for one in model.modules() if isinstance(one, StoredLinear)]
         return any(blocks_of(one) is not None and one.offset is None for one in layers)  # of an offset it unpacks them
 
-    def snippet(self, name: str) -> str:
-        lines = ["import onnxruntime", "", f'model = onnxruntime.InferenceSession("{name}/{self.file(MODEL)}")']
-        return "\n".join([*lines, 'logits = model.run(["logits"], dict(inputs))[0]'])
+    def snippet(self, name: str, told: dict[str, Any]) -> str:
+        return code_of(ONNX, name, told)
 
 
 class Executorch(Traced):
@@ -214,10 +216,10 @@ class Executorch(Traced):
 
         return ExecutorchConfig(**how)
 
-    def snippet(self, name: str) -> str:
+    def snippet(self, name: str, told: dict[str, Any]) -> str:
         lines = ["from executorch.runtime import Runtime", ""]
-        lines += [f'program = Runtime.get().load_program("{name}/{self.file(MODEL)}")']
-        return "\n".join([*lines, 'logits = program.load_method("forward").execute(list(inputs.values()))[0]'])
+        lines += [f'program = Runtime.get().load_program("{name}/{self.file(told["graphs"][0])}")']
+        return "\n".join([*lines, 'outputs = program.load_method("forward").execute(list(inputs.values()))[0]'])
 
 
 @contextmanager

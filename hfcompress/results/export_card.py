@@ -13,14 +13,15 @@ def export_card(folder: Path, place: str, chosen: Any, told: dict[str, Any]) -> 
     name = place.rstrip("/").split("/")[-1]
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     before = ["from transformers import AutoTokenizer", "", f'tokenizer = AutoTokenizer.from_pretrained("{place}")']
-    before += ['inputs = tokenizer(["a text", "another, longer text"], padding=True, return_tensors="np")', ""]
+    some = '["a text"]' if told.get("caches") else '["a text", "another, longer text"], padding=True'
+    before += [f'inputs = tokenizer({some}, return_tensors="np")', ""]
     parts = [
         f"---\nlibrary_name: {told['to']}\ntags: [hfcompress, compression, {told['to']}]\n---",
         f"# {name}",
         f"Exported to {told['to']} by hfcompress: {told['parameters'] / 1e6:.4g} M parameters.",
         _agrees(told.get("agreement") or {}),
         "## Load it",
-        fenced("python", "\n".join([*(before if has_tokenizer and told["to"] != "gguf" else []), chosen.snippet(place)])),
+        fenced("python", "\n".join([*(before if has_tokenizer and told["to"] != "gguf" else []), chosen.snippet(place, told)])),
     ]
     if told["to"] != "gguf":
         loader = f'from transformers.exporters import ExportedModel\n\nmodel = ExportedModel.from_pretrained("{place}")'

@@ -87,6 +87,7 @@ def writer(kind: str) -> Any:
     model = pupil("whisper") if kind == "whisper" else tiny_model(kind)
     PruneHeads(0.5, scores="l1", ranking="global").run(model, None)
     model.generation_config = GenerationConfig(decoder_start_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.config.use_cache = False  # as training with checkpoints leaves it
     return model.eval()
 
 
@@ -107,6 +108,32 @@ def test_a_decoder_goes_on_by_its_cache(to: str, kind: str, tmp_path: Path, monk
     plainly: Any = GenerationMixin.generate
     expected = plainly(source.model, **batch, do_sample=False, num_beams=1, max_new_tokens=14)
     assert torch.equal(written, expected) and given == [1] * (written.shape[1] - 1)
+    alone = batch[source.model.main_input_name]  # without a mask, as models take it
+    assert torch.equal(found.generate(**{source.model.main_input_name: alone}, max_new_tokens=14), expected)
+
+
+class Decodes:
+    """A tokenizer, as far as a snippet asks for one."""
+
+    def batch_decode(self, ids: Any) -> None:
+        self.ids = ids
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "whisper"])
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_the_snippet_of_a_model_that_writes_writes(to: str, kind: str, tmp_path: Path) -> None:
+    model = writer(kind)
+    model.generation_config.eos_token_id = None  # the snippet does not look for an end
+    source = source_of(model)
+    told = FORMATS[to]().write(source, tmp_path)
+    batch = {name: value for name, value in source.example(2, 9).items() if name != "decoder_input_ids"}
+    code, tokenizer = FORMATS[to]().snippet(str(tmp_path), told), Decodes()
+    count = 12 if kind == "whisper" else 20  # which has room for no more
+    given = {"inputs": {name: value.numpy() for name, value in batch.items()}, "tokenizer": tokenizer}
+    exec(code.replace("range(20)", f"range({count})"), given)
+    plainly: Any = GenerationMixin.generate
+    expected = plainly(model, **batch, do_sample=False, num_beams=1, max_new_tokens=count)
+    assert torch.equal(torch.from_numpy(tokenizer.ids), expected)
 
 
 @pytest.mark.parametrize("to", ["openvino", "onnx"])
