@@ -41,7 +41,10 @@ DATA = {
     "newsgroups": Data(
         "MiniLM on 20 Newsgroups", {"name": "text-classification", "dataset": "newsgroups", "max_length": TOKENS},
         {"epochs": 2, **FINE},
-        without=("half", "fastest-2", "fastest-1", "bitsandbytes, int8", "bitsandbytes, NF4"),
+        without=(
+            "half", "sibling", "quickstart", "fastest-2", "fastest-1", "bitsandbytes, int8", "bitsandbytes, NF4", "torchao, int8",
+            "PyTorch, compiled", "PyTorch, compiled, bfloat16",
+        ),
     ),
     "digits": Data(
         "a ViT on handwritten digits", {"name": "image-classification", "dataset": "digits"},

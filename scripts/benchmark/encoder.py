@@ -86,7 +86,8 @@ def model_of(name: str, data: str) -> tuple[Path, float]:
     tuned = start_of(data)
     if name == "fine-tuned":
         return tuned, 0.0
-    folder = made(OUT / data / name, {"model": str(tuned), "task": task_of(data), "steps": steps_of(name, data)})
+    task = {**task_of(data), "max_eval_samples": 500}  # of its own report: all are scored alike afterwards
+    folder = made(OUT / data / name, {"model": str(tuned), "task": task, "steps": steps_of(name, data)})
     return folder, seconds_of(folder)
 
 
