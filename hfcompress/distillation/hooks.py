@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -226,7 +226,9 @@ class Distillation:
         }
         cache = TeacherCache(method.cache or "", plan)
         if not cache.is_complete:
-            cache.record(task.batches(self._model, None), self._answer, self._core)
+            data = getattr(task, "train_dataset", None)
+            total = len(data) if isinstance(data, Sized) else None
+            cache.record(task.batches(self._model, None), self._answer, self._core, total)
         cache.open().check(task.batches(self._model, 256), self._core)
         return cache
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hfcompress.calibration.batches import examples
 from hfcompress.calibration.processes import processes
 from hfcompress.calibration.progress import progress
 from hfcompress.checkpoint.errors import CompressionError
@@ -129,9 +130,11 @@ class TeacherCache:
         batches: Iterable[dict[str, Tensor]],
         answer: Answer,
         model: Any,
+        total: int | None = None,
     ) -> None:
         """Ask the teachers once: `answer(batch)` gives what was asked and each teacher's logits. Shards appear whole or not at
-        all, and those that exist are kept, so a killed run goes on; several processes share the work."""
+        all, and those that exist are kept, so a killed run goes on; several processes share the work. `total`: how many
+        examples there are, to tell how far it is."""
         state, number = processes(), 0
         state.wait_for_everyone()  # who looks whether there is a record must not find one just begun
         if state.is_main_process:
@@ -139,7 +142,7 @@ class TeacherCache:
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest({})
         state.wait_for_everyone()
-        bar = progress(what="recording the teacher", shown=state.is_main_process)
+        bar = progress(what="recording the teacher", total=total, shown=state.is_main_process)
         for group in self._groups(batches, model):
             path = self._shard(number)
             if number % state.num_processes == state.process_index and not path.is_file():
@@ -152,7 +155,7 @@ class TeacherCache:
                         unfinished.rename(path)
                     finally:
                         unfinished.unlink(missing_ok=True)
-            bar.update(len(group))
+            bar.update(sum(examples(model, batch) for batch in group))
             number += 1
         bar.close()
         state.wait_for_everyone()
