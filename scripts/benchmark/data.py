@@ -42,7 +42,7 @@ DATA = {
         "MiniLM on 20 Newsgroups", {"name": "text-classification", "dataset": "newsgroups", "max_length": TOKENS},
         {"epochs": 2, **FINE},
         without=(
-            "half", "sibling", "quickstart", "fastest-2", "fastest-1", "bitsandbytes, int8", "bitsandbytes, NF4", "torchao, int8",
+            "half", "ready", "sibling", "quickstart", "fastest-2", "fastest-1", "bitsandbytes, int8", "bitsandbytes, NF4", "torchao, int8",
             "PyTorch, compiled", "PyTorch, compiled, bfloat16",
         ),
     ),
