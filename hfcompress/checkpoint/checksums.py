@@ -33,7 +33,8 @@ def check_checksums(folder: Path) -> bool:
         raise _changed(folder / CHECKSUMS, "it holds no checksums")
     if _config_in(folder) != told["config"]:
         raise _changed(folder / "config.json", "it describes another model than was saved")
-    if missing := [name for name in sorted(files) if not (folder / name).is_file()]:
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}  # and nothing outside it
+    if missing := sorted(set(files) - there):
         raise _changed(folder, f"{shown(missing[0])} is missing")
     if unknown := sorted(set(_weights(folder)) - set(files)):
         raise _changed(folder, f"{shown(unknown[0])} was not saved with the others")
