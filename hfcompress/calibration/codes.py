@@ -19,8 +19,9 @@ from hfcompress.calibration.second_moments import DAMPING
 Stage = Literal["plain", "scales", "diagonal", "feedback", "rounding"]
 FACTORS = tuple((24 - step) / 20 for step in range(15))
 """What a block's plain scale is multiplied by in the search. 1 is among them: no block becomes worse than plain."""
-ELEMENTS = 2**19
-"""Weights that are searched at once: more do not fit the caches of a CPU, and need memory in multiples of the weight's."""
+ELEMENTS, ELEMENTS_ON_ACCELERATORS = 2**19, 2**23
+"""Weights that are searched at once: more do not fit the caches of a CPU, and need memory in multiples of the weight's; fewer
+leave an accelerator waiting for kernels to be launched."""
 
 
 @torch.no_grad()
@@ -163,7 +164,8 @@ def _search(rows: Tensor, weights: Tensor, grid: Grid, nearest: Nearest) -> list
 
 
 def _chunks(weight: Tensor) -> Iterator[Tensor]:
-    yield from weight.split(max(1, ELEMENTS // weight.shape[1]))
+    elements = ELEMENTS if weight.device.type == "cpu" else ELEMENTS_ON_ACCELERATORS
+    yield from weight.split(max(1, elements // weight.shape[1]))
 
 
 def _nearest_codes(weight: Tensor, grid: Grid, nearest: Nearest, scales: Tensor, offset: Tensor | None) -> Tensor:

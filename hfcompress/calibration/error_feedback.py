@@ -8,32 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hfcompress.calibration.grid import Codes, Grid, Nearest, divided
+from hfcompress.calibration.column_sweep import SPAN, Columns
+from hfcompress.calibration.grid import Codes, Grid, Nearest
 
 log = logging.getLogger(__name__)
-COLUMNS = 64
-"""Columns that are rounded before the others hear of it: one product instead of so many."""
 SWEEPS = 8
 """Of coordinate descent, at most; it ends where no code changes."""
 TRIES = 4
 """How often the ridge is made ten times larger, until there is an inverse."""
-
-
-class _Columns:
-    """Scales and offset, asked for by column."""
-
-    def __init__(self, grid: Grid, nearest: Nearest, found: Codes) -> None:
-        self.grid, self.nearest = grid, nearest
-        self._scales = found.scales.T.contiguous()
-        self._offset = None if found.offset is None else found.offset.T.contiguous()
-
-    def rounded(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Codes (out,), int32, and what they stand for, of a column x (out,)."""
-        block = column // self.grid.blocksize
-        scales, offset = self._scales[block], None if self._offset is None else self._offset[block]
-        codes = self.nearest(divided(x, scales, offset))
-        values = self.grid.values.index_select(0, codes) * scales
-        return codes, values if offset is None else values + offset
 
 
 def fed_back(
@@ -54,18 +36,12 @@ def fed_back(
             name,
         )
         return None
-    # Transposed, (in, out): what is read and written for a column lies together.
-    columns, left, names = _Columns(grid, nearest, found), weight.T[order], order.tolist()
+    columns, left = Columns(grid, nearest, found), weight.T[order].contiguous()  # (in, out), as in `column_sweep`
     codes = torch.empty_like(left, dtype=torch.uint8)
-    for start, end in _spans(len(names)):
-        part, inner = left[start:end], factor[start:end, start:end]
-        errors = torch.empty_like(part)
-        for place in range(end - start):
-            chosen, values = columns.rounded(part[place], names[start + place])
-            codes[names[start + place]] = chosen
-            errors[place] = (part[place] - values) / inner[place, place]
-            part[place + 1 :].addr_(inner[place, place + 1 :], errors[place], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    for start, end in _spans(len(left)):
+        swept = columns.swept(left[start:end], factor[start:end, start:end], order[start:end])
+        codes[order[start:end]] = swept.codes
+        left[end:].addmm_(factor[start:end, end:].T, swept.told, alpha=-1)
     return codes.T.contiguous()
 
 
@@ -76,29 +52,25 @@ def descended(weight: Tensor, grid: Grid, nearest: Nearest, found: Codes, square
     grid, at the value nearest to that. Behdin et al. 2023, QuantEase (arXiv 2309.01885), without its outliers.
     """
     damped = _damped(square, damping).float()
-    columns, codes = _Columns(grid, nearest, found), found.codes.T.contiguous()  # (in, out), as above
+    columns, codes = Columns(grid, nearest, found), found.codes.T.contiguous()  # (in, out), as in `column_sweep`
     values = found.dequantised(grid).T.contiguous()
     pull = damped @ (weight.T - values)
-    diagonal = damped.diagonal().tolist()
+    places = torch.arange(len(values), device=values.device)
     for _ in range(SWEEPS):
         changed = False
-        for start, end in _spans(weight.shape[1]):
-            part, inner = pull[start:end].clone(), damped[start:end, start:end]
-            moved = torch.empty_like(part)
-            for place, column in enumerate(range(start, end)):
-                chosen, said = columns.rounded(values[column] + part[place] / diagonal[column], column)
-                moved[place] = said - values[column]
-                part[place + 1 :].addr_(inner[place, place + 1 :], moved[place], alpha=-1)
-                codes[column], values[column] = chosen, said
-            pull.addmm_(damped[:, start:end], moved, alpha=-1)
-            changed |= bool(moved.any())
+        for start, end in _spans(len(values)):
+            inner = damped[start:end, start:end]
+            swept = columns.swept(pull[start:end].clone(), inner, places[start:end], values[start:end])
+            codes[start:end], values[start:end] = swept.codes, swept.values
+            pull.addmm_(damped[:, start:end], swept.told, alpha=-1)
+            changed |= bool(swept.told.any())
         if not changed:
             break
     return codes.T.contiguous()
 
 
 def _spans(count: int) -> Iterator[tuple[int, int]]:
-    yield from ((start, min(start + COLUMNS, count)) for start in range(0, count, COLUMNS))
+    yield from ((start, min(start + SPAN, count)) for start in range(0, count, SPAN))
 
 
 def _damped(square: Tensor, damping: float) -> Tensor:

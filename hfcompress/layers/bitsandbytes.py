@@ -151,7 +151,7 @@ class Linear8bit(Kind):
         """The low-bit twin of a Linear or Conv1D, on the same device."""
         bnb = library()
 
-        new = bnb.nn.Linear8bitLt(*features(layer), layer.bias is not None, has_fp16_weights=False, threshold=threshold)
+        new = bnb.nn.Linear8bitLt(**_sizes(layer), has_fp16_weights=False, threshold=threshold)
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(_matrix(layer).to(torch.float16).contiguous())
         weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
         return _in_place_of(layer, new, weight)
@@ -219,7 +219,13 @@ def _four_bit(
     bnb = library()
 
     kept: dict[str, Any] = {"quant_type": quant_type, "compress_statistics": use_double_quant}
-    return bnb.nn.Linear4bit(*features(layer), layer.bias is not None, compute_dtype=_dtype(compute_dtype), **kept), kept
+    return bnb.nn.Linear4bit(**_sizes(layer), compute_dtype=_dtype(compute_dtype), **kept), kept
+
+
+def _sizes(layer: nn.Module) -> dict[str, Any]:
+    """Of a layer whose weight comes later: on no device, as random numbers for a large one would take seconds."""
+    into, out = features(layer)
+    return {"input_features": into, "output_features": out, "bias": getattr(layer, "bias", None) is not None, "device": "meta"}
 
 
 def _params(data: Tensor, **kept: Any) -> Any:

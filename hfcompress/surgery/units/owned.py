@@ -32,10 +32,9 @@ def norms(model: nn.Module, all_units: list[Units]) -> list[Tensor]:
 
 def per_unit(units: Units, span: Span, tensor: Tensor) -> Tensor:
     """Sum over the entries that each unit owns along the span, of the shape of the units."""
-    tensor = tensor.cpu()
     if units.lanes > 1:
         per_entry = tensor.movedim(span.axis, 1).flatten(2).sum(2) if tensor.dim() > 2 else tensor
     else:
         per_entry = tensor.movedim(span.axis, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor
     blocks = span.index(torch.arange(units.count)[:, None], units.count)
-    return per_entry[..., blocks].sum(-1)
+    return per_entry.cpu()[..., blocks].sum(-1)  # few numbers by now
