@@ -32,6 +32,8 @@ GROUPS, ROWS = (32, 64, 128, 256), 16
 MANY, MANY_PAIRS = 2**24, 2**26
 """Products of numbers from which integers pay: below, calling oneDNN and rounding take longer than what they save. The second
 where they are added up in pairs, for want of VNNI or AMX."""
+BESIDE = 8
+"""Bytes that FBGEMM keeps beside the codes of a row: the step and the least value, in float32."""
 FULL = 255
 """Steps from end to end where integer products use all 8 bits of both factors."""
 SMALL = 2**18
@@ -59,7 +61,7 @@ def _is_exact(count: int, rows: int) -> bool:
     ends = torch.randint(0, 2, (rows + 64, 128), generator=source, dtype=torch.int32)
     x, w = ends[:rows] * count, ((ends[rows:] * 2 - 1) * 127).to(torch.int8)
     try:
-        found = _multiplied(x.to(torch.uint8), prepack(w, torch.ones(64)))
+        found = _multiplied(functional.pad(x, (0, BESIDE)).to(torch.uint8), prepack(w, torch.ones(64)))
     except (RuntimeError, NotImplementedError):  # a build of torch without oneDNN
         return False
     return torch.equal(found.double(), x.double() @ w.double().T)
@@ -130,12 +132,12 @@ def by_integers(x: Tensor, prepacked: Prepacked, bias: Tensor | None) -> Tensor:
 
 def _worth(rows: Rounded, prepacked: Prepacked, bias: Tensor | None) -> Tensor:
     """(rows, out) float32: what codes say, times their steps, and their least values times the sums of the weights."""
-    last = torch.zeros_like(prepacked.sums) if bias is None else bias.float()
-    return _multiplied(rows.codes, prepacked).mul_(rows.each).addmm_(rows.low, torch.stack([prepacked.sums, last]))
+    said = _multiplied(rows.fused, prepacked).mul_(rows.each).addcmul_(rows.low, prepacked.sums)
+    return said if bias is None else said.add_(bias.float())
 
 
 def _multiplied(codes: Tensor, prepacked: Prepacked) -> Tensor:
-    """(rows, out) float32, of uint8 codes (rows, in)."""
+    """(rows, out) float32, of uint8 codes (rows, in + BESIDE)."""
     none = torch.zeros(len(prepacked.scale), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise.default(
         codes, 1.0, 0, prepacked.codes, prepacked.scale, none, None, 1.0, 0, torch.float32, "none", [], ""
@@ -179,7 +181,10 @@ def _with_bias(said: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Prepacked(NamedTuple):
-    """Codes in the order that oneDNN reads, which can't be saved, the scale of each row, and the sum of each row's weights."""
+    """Codes in the order that oneDNN reads, which can't be saved, the scale of each row, and the sum of each row's weights.
+
+    The weights of what stands beside an input's codes are zeros: the input need not be copied without it.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -188,20 +193,26 @@ class Prepacked(NamedTuple):
 
 def prepack(codes: Tensor, scale: Tensor) -> Prepacked:
     """Of plain int8 codes (out, in) and scales (out,)."""
-    return Prepacked(torch.ops.onednn.qlinear_prepack(codes, None), scale, codes.sum(1) * scale)
+    padded = functional.pad(codes, (0, BESIDE))
+    return Prepacked(torch.ops.onednn.qlinear_prepack(padded, None), scale, codes.sum(1) * scale)
 
 
 class Rounded(NamedTuple):
-    """Rows as codes: `codes * each + low[:, :1]`, and what that leaves of those rows for which it is too rough."""
+    """Rows as codes: `codes * each + low`, and what that leaves of those rows for which it is too rough."""
 
-    codes: Tensor
-    """(rows, in) uint8"""
+    fused: Tensor
+    """(rows, in + BESIDE) uint8: codes, and what FBGEMM keeps beside them"""
     each: Tensor
     """(rows, 1) float32: what a step is worth"""
     low: Tensor
-    """(rows, 2) float32: what a code of 0 stands for, and a one for the bias"""
+    """(rows, 1) float32: what a code of 0 stands for"""
     rough: Tensor | None = None
     rest: Rounded | None = None
+
+    @property
+    def codes(self) -> Tensor:
+        """(rows, in) uint8"""
+        return self.fused[:, :-BESIDE]
 
 
 def rounded_rows(x: Tensor) -> Rounded:
@@ -223,10 +234,10 @@ def _rounded(flat: Tensor) -> Rounded:
     """To the nearest of `levels()` even steps from the least to the largest of each row, in one pass of FBGEMM's."""
     width = flat.shape[-1]
     fused = torch.ops.quantized.embedding_bag_byte_prepack(flat)  # the codes of a row, its step, and its least value
-    codes, (each, low) = fused[:, :width], fused[:, width:].contiguous().view(torch.float32).split(1, 1)
+    each, low = fused[:, width:].contiguous().view(torch.float32).split(1, 1)
     if levels() < FULL:  # two neighbouring codes become one, which stands for the middle between them
-        codes, each, low = codes >> 1, each * 2, low + each / 2
-    return Rounded(codes, each, functional.pad(low, (0, 1), value=1.0))
+        return Rounded(fused >> 1, each * 2, low + each / 2)
+    return Rounded(fused, each, low)
 
 
 def _mended(found: Rounded, flat: Tensor, may: Tensor) -> Rounded:
@@ -235,7 +246,7 @@ def _mended(found: Rounded, flat: Tensor, may: Tensor) -> Rounded:
     rough = (found.each > may).nonzero()[:, 0]
     if not len(rough):
         return found
-    known = found.codes[rough] * found.each[rough] + found.low[rough, :1]
+    known = found.codes[rough] * found.each[rough] + found.low[rough]
     return found._replace(rough=rough, rest=_rounded(flat[rough] - known))
 
 

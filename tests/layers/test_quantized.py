@@ -75,7 +75,7 @@ def test_integers_add_up_exactly_with_codes_at_their_ends() -> None:
         x = (torch.randint(0, 2, (rows, 256)) * 2 - 1).float()
         found = kernels.by_integers(x, kernels.prepack(weight.to(torch.int8), torch.ones(64)), None)
         rounded = kernels.rounded_rows(x)
-        meant = rounded.codes * rounded.each + rounded.low[:, :1]
+        meant = rounded.codes * rounded.each + rounded.low
         assert int(rounded.codes.max()) == kernels.levels() and int(rounded.codes.min()) == 0
         torch.testing.assert_close(found, meant @ weight.float().T, rtol=1e-5, atol=1e-2)
 
@@ -104,9 +104,9 @@ def test_rows_are_rounded_to_half_a_step_from_end_to_end(monkeypatch: pytest.Mon
     torch.manual_seed(0)
     rows = torch.randn(9, 40) * torch.logspace(-3, 3, 9)[:, None] + torch.linspace(-30, 30, 9)[:, None]
     rows[0], rows[1], rows[2, 5:] = 0.0, -7.5, 7e-5  # nothing, one value, tiny values
-    codes, each, low, *_ = kernels.rounded_rows(rows)
-    assert codes.dtype == torch.uint8 and int(codes.max()) <= count and torch.equal(low[:, 1], torch.ones(9))
-    said = codes * each + low[:, :1]
+    found = kernels.rounded_rows(rows)
+    assert found.codes.shape == rows.shape and found.codes.dtype == torch.uint8 and int(found.codes.max()) <= count
+    said = found.codes * found.each + found.low
     width = (rows.amax(-1) - rows.amin(-1)) / count
     assert bool(((said - rows).abs().amax(-1) <= 0.51 * width + 1e-6 * rows.abs().amax(-1)).all())
 
