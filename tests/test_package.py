@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
-ASKED = {"matplotlib", "PIL", "gguf", "onnxruntime", "openvino"}
-"""What is imported where it is there, from an extra."""
+ASKED = {"matplotlib", "PIL", "gguf", "onnxruntime", "openvino", "sentence_transformers", "triton"}
+"""What is imported where it is there, from an extra, or with torch where that is built for CUDA."""
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 
 

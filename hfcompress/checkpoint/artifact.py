@@ -13,6 +13,7 @@ from transformers.utils import logging
 from hfcompress.checkpoint.checksums import CHECKSUMS, write_checksums
 from hfcompress.checkpoint.describe import describe
 from hfcompress.checkpoint.quantizer import cast_dense, check_layer, forget_reading  # this import registers the loader
+from hfcompress.checkpoint.sentence_head import sentence_head_of
 from hfcompress.checkpoint.writing import written
 from hfcompress.layers import holds_codes, prepare
 from hfcompress.layers.bnb_hooks import forget_compute_dtype
@@ -31,6 +32,8 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
             model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
+        if head := sentence_head_of(model):
+            head.save(folder)
         write_checksums(folder)
 
 

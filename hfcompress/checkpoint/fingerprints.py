@@ -7,32 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = 1 << 20
+_ROWS, _PARTS = 1 << 20, 7
+"""Numbers that are multiplied at once, and how many such parts have a weight of their own, 1 to 7."""
 
 
 def fingerprints(model: Any) -> dict[str, list[float]]:
-    """Of every tensor that would be saved: its norm, and its product with fixed weights; those of a NaN are not equal to
-    anything. Unequal sizes give unequal numbers."""
+    """Of every tensor that would be saved: its norm, its products with two fixed series of weights, its size. Those of a NaN
+    are not equal to anything."""
     return {name: _of(tensor) for name, tensor in model.state_dict().items()}
 
 
 def _of(tensor: Tensor) -> list[float]:
     flat = tensor.detach().reshape(-1)
-    weights = torch.arange(1, min(_ROWS, flat.numel()) + 1, dtype=torch.float64, device=flat.device).sin()
-    norm, product = 0.0, 0.0
+    angles = torch.arange(1, min(_ROWS, flat.numel()) + 1, dtype=torch.float64, device=flat.device)
+    weights = torch.stack([angles.sin(), angles.cos()])
+    norm, products = 0.0, [0.0, 0.0]
     for part, rows in enumerate(flat.split(_ROWS)):  # a table of a large vocabulary is not held twice in float64
         values = rows.double()
         norm += float(values.square().sum())
-        product += float(values @ weights[: len(values)]) * (1 + part % 7)
-    return [norm**0.5, product, float(flat.numel())]
+        more = (weights[:, : len(values)] @ values).tolist()
+        products = [one + other * (1 + part % _PARTS) for one, other in zip(products, more, strict=True)]
+    return [norm**0.5, *products, float(flat.numel())]
 
 
 def differing(found: dict[str, list[float]], expected: dict[str, list[float]], allowed: float) -> str | None:
     """The first tensor that is another one, by more than this share of its norm."""
     for name in [*expected, *found]:
-        if name not in found or name not in expected or found[name][2] != expected[name][2]:
+        if name not in found or name not in expected or found[name][-1] != expected[name][-1]:
             return name
-        (norm, product, _), (other, theirs, _) = found[name], expected[name]
-        if not (abs(norm - other) <= allowed * other and abs(product - theirs) <= 7 * allowed * other):
+        (norm, *products, size), (other, *theirs, _) = found[name], expected[name]
+        room = allowed * other * min(_PARTS, 1 + size // _ROWS)
+        apart = [abs(one - two) for one, two in zip(products, theirs, strict=True)]
+        if not (abs(norm - other) <= allowed * other and all(one <= room for one in apart)):
             return name
     return None

@@ -49,9 +49,9 @@ for module in model.modules():
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
 with torch.no_grad():
-    logits = model(**{key: value.to(next(model.parameters()).device) for key, value in tensors.items()}).logits
+    said = model(**{key: value.to(next(model.parameters()).device) for key, value in tensors.items()})[0]
 told = runpy.run_path(home + "/hfcompress/checkpoint/fingerprints.py")["fingerprints"](model)
-save_file({"logits": logits.float().cpu().contiguous()}, given, {"tensors": json.dumps(told)})
+save_file({"said": said.float().cpu().contiguous()}, given, {"tensors": json.dumps(told)})
 """
 
 
@@ -64,12 +64,12 @@ def prove(model: Any, inputs: dict[str, Tensor], folder: str | Path) -> float:
     model = getattr(model, "_orig_mod", model).eval()
     device = next(model.parameters()).device
     found, tensors, said = _loaded(model, inputs, folder, device)
-    expected = None if found is None else _logits(model, inputs, device)
+    expected = None if found is None else _said(model, inputs, device)
     if found is None and device.type != "cpu" and "out of memory" in said.lower():
         found, tensors, said = _loaded(model, inputs, folder, torch.device("cpu"))
         if found is not None:
             try:
-                expected = _logits(nn.Module.to(model, "cpu"), inputs, torch.device("cpu"))
+                expected = _said(nn.Module.to(model, "cpu"), inputs, torch.device("cpu"))
             finally:
                 nn.Module.to(model, device)
     if found is None or expected is None:
@@ -105,9 +105,10 @@ def needed_import(folder: str | Path) -> str:
     return "hfcompress" if method == "hfcompress" else "transformers"
 
 
-def _logits(model: Any, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+def _said(model: Any, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+    """What comes first in its output: logits, or the hidden states of a model without a head."""
     with _exactly(device):
-        return model(**{key: value.to(device) for key, value in inputs.items()}).logits.float().cpu()
+        return model(**{key: value.to(device) for key, value in inputs.items()})[0].float().cpu()
 
 
 def _loaded(
@@ -133,7 +134,7 @@ def _loaded(
         )
         if run.returncode == 0:
             with safe_open(tensors, "pt") as told:
-                return told.get_tensor("logits"), json.loads(told.metadata()["tensors"]), ""
+                return told.get_tensor("said"), json.loads(told.metadata()["tensors"]), ""
     lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
     if run.returncode < 0:
         return (

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hfcompress.checkpoint.errors import INSTALL, CompressionError, shown
 from hfcompress.checkpoint.structure import FORMAT, Structure, kept_in_float32, name_in, rebuild
 from hfcompress.layers import KINDS, holds_codes, kind_of, prepare, stands_in
+from hfcompress.layers.quantized import QuantEmbedding
 
 
 @register_quantization_config("hfcompress")
@@ -101,6 +102,9 @@ class HfcompressQuantizer(HfQuantizer):
             model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
         for name, parameter in model.named_parameters():
             cast_dense(model, name, parameter, self._dtypes.get(name, parameter.dtype))
+        for module in model.modules() if not getattr(model, "all_tied_weights_keys", None) else ():
+            if isinstance(module, QuantEmbedding):
+                module.hold_codes_as_buffer()
         forget_reading(model)
         return model
 

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.sentence_head import sentence_head_of
+from hfcompress.distillation.answer_terms import Embedding, SoftTargets, Task
+from hfcompress.distillation.base import Term
 from hfcompress.distillation.batch import Batch, common
+from hfcompress.distillation.layer_terms import Layers
 from hfcompress.distillation.own_loss import balance
 from hfcompress.distillation.predictions import by_name, check_output, config_of, predictions, put_loss
 from hfcompress.distillation.relations import RelationHooks
 from hfcompress.distillation.teacher_cache import TeacherCache, fingerprint
 from hfcompress.distillation.teachers import Teacher, find, fitting, labels_of, unwrapped
-from hfcompress.distillation.terms import Layers, SoftTargets, Term
 from hfcompress.distillation.trl import ASKED, as_fused, unfused
 from hfcompress.layers.bnb_library import quiet_casts
 from hfcompress.surgery.units.gates import Removable
@@ -250,6 +253,18 @@ def _check_kind(model: Any, terms: tuple[Term, ...]) -> None:
         raise CompressionError(
             f"distill: {type(model).__name__} returns tuples, and the loss is found by its name; set config.return_dict = True."
         )
+    embeds = sentence_head_of(model) is not None
+    for term in terms:
+        if embeds and isinstance(term, SoftTargets | Task):
+            raise CompressionError(
+                f"distill: {term.key} is of classes or labels, and this {type(model).__name__} tells embeddings; use "
+                f"terms: [embedding]."
+            )
+        if isinstance(term, Embedding) and not embeds:
+            raise CompressionError(
+                f"distill: embedding compares embeddings of texts, and this {type(model).__name__} tells none; take the task "
+                f"sentence-embeddings, or another term, such as kl."
+            )
     is_number = getattr(config, "num_labels", 2) == 1 or getattr(config, "problem_type", None) == "regression"
     if soft is not None and type(model).__name__.endswith("SequenceClassification") and is_number:
         raise CompressionError(

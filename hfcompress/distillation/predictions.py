@@ -13,17 +13,19 @@ from transformers.utils import ModelOutput
 
 from hfcompress.calibration.batches import foretells_next
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.sentence_head import sentence_head_of
 from hfcompress.distillation import losses
 from hfcompress.distillation.losses import IGNORED, NEVER
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One thing a model predicts: the class of an example or a token, labels that are each on or off, a number, a position."""
+    """One thing a model tells: the class of an example or a token, labels that are each on or off, a number, a position, an
+    embedding."""
 
     field: str
     """The field of the model's output: "logits", "start_logits"."""
-    kind: Literal["classes", "labels", "values"]
+    kind: Literal["classes", "labels", "values", "embeddings"]
     logits: Tensor
     """(B, C), or (B, T, C) where every position is predicted for."""
     attended: Tensor
@@ -104,6 +106,8 @@ def predictions(model: Any, inputs: dict[str, Any], output: Any) -> tuple[list[P
 def _examples(model: Any, logits: Tensor, labels: Tensor | None) -> Prediction:
     everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     problem = getattr(config_of(model), "problem_type", None)
+    if sentence_head_of(model) is not None:
+        return Prediction("logits", "embeddings", logits, everyone, everyone, None, everyone.float())
     if problem == "regression" or (problem is None and logits.shape[-1] == 1):
         kind: Any = "values"
     elif problem == "multi_label_classification" or (problem is None and labels is not None and labels.is_floating_point()):

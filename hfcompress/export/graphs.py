@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
+from hfcompress.checkpoint.sentence_head import sentence_head_of
 from hfcompress.export.base import Source
 from hfcompress.export.halves import Reads, Writes, read_and_written
 
@@ -39,7 +40,19 @@ def graphs_of(source: Source, by_cache: bool = True) -> dict[str, Graph]:
         return _halves(model, example, by_cache)
     if writes(model):
         return {MODEL: _with_cache(model, example)}
-    return {MODEL: Graph(model, example, {name: _axes(name, value) for name, value in example.items()})}
+    module = model if sentence_head_of(model) is None else Embeds(model)
+    return {MODEL: Graph(module, example, {name: _axes(name, value) for name, value in example.items()})}
+
+
+class Embeds(nn.Module):
+    """What an encoder with a `SentenceHead` tells of texts, (batch, width), and nothing of their tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **given: Tensor) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.model(**given).logits)
 
 
 def writes(model: Any) -> bool:

@@ -108,8 +108,12 @@ class Served(nn.Module):
         return ids
 
     def _taken(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the graph takes; CompressionError where it would leave out something that says anything."""
+        """What the graph takes, with the masks and segments that a model makes where none are given; CompressionError where it
+        would leave out something that says anything."""
         takes = self.exported.runners[MODEL].metadata.kwargs
+        if (ids := batch.get("input_ids")) is not None:
+            usual = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+            batch = {name: value for name, value in usual.items() if name in takes} | batch
         if unread := [name for name, value in batch.items() if name not in takes and bool(value.any())]:
             raise CompressionError(
                 f"export: the graph was traced without {', '.join(unread)}, which these inputs hold; it takes "

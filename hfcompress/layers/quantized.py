@@ -316,6 +316,13 @@ class QuantEmbedding(Codes, nn.Embedding):
         offset = None if self.offset is None else self.offset[ids]
         return _worth(codes, self.scale[ids], offset).flatten(-2).to(self.speaks.dtype)
 
+    def hold_codes_as_buffer(self) -> None:
+        """Libraries (sentence-transformers) take the first parameter of a model, often this one, for its dtype. What shares its
+        codes as a parameter can't be told so."""
+        codes = self.weight.data
+        del self.weight
+        self.register_buffer("weight", codes)
+
     def fast_form(self) -> None:
         """The rows that are asked for are few."""
 

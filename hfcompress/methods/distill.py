@@ -10,9 +10,10 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, f
 from torch import nn
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
+from hfcompress.distillation.base import Term
 from hfcompress.distillation.hooks import Distillation
 from hfcompress.distillation.teachers import ORIGINAL
-from hfcompress.distillation.terms import TERMS, Term
+from hfcompress.distillation.terms import TERMS
 from hfcompress.methods.base import Method, Tick
 
 

@@ -11,6 +11,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from hfcompress.checkpoint.errors import INSTALL
+from hfcompress.checkpoint.sentence_head import MODULES
 
 SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompress: end -->"
 
@@ -33,7 +34,7 @@ def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
     auto = auto_class(config)
     loaders = {"model": auto} | _preprocessors(folder)
     with_adapter = (folder / "adapter" / "adapter_config.json").is_file()
-    cache = _cache_backend(folder)
+    cache, embeds = _cache_backend(folder), (folder / MODULES).is_file()
     packages = [
         package
         for package, needed in (
@@ -42,11 +43,15 @@ def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
             ("peft", with_adapter),
             ("optimum-quanto", cache == "quanto"),
             ("hqq", cache == "hqq"),
+            ("sentence-transformers", embeds),
         )
         if needed
     ]
     quoted = json.dumps(name, ensure_ascii=False)
     code = ["import hfcompress  # teaches transformers to load it"] if method == "hfcompress" else []
+    if embeds:
+        code += ["from sentence_transformers import SentenceTransformer", "", f"model = SentenceTransformer({quoted})"]
+        return "\n".join([*code, 'embeddings = model.encode(["a text", "another text"])']), packages
     code += [f"from transformers import {', '.join(sorted(set(loaders.values())))}", ""]
     code += [f"{variable} = {loader}.from_pretrained({quoted})" for variable, loader in loaders.items()]
     if with_adapter:

@@ -22,6 +22,7 @@ PATTERNS = (
     r"additional_chat_templates/[\w-]+\.jinja",
     r"((openvino|onnx|executorch|gguf)(-int8)?/)?(exported\.json|export\.json|openvino_\w+\.(xml|bin)|\w+\.(onnx|onnx\.data|pte|gguf)|Modelfile)",
     r"(openvino|onnx|executorch|gguf)(-int8)?/(checksums|config|generation_config|tokenizer|tokenizer_config|preprocessor_config)\.json",
+    r"(openvino|onnx|executorch)(-int8)?/(sentence_bert_config|config_sentence_transformers)\.json",
     r"(openvino|onnx|executorch|gguf)(-int8)?/(README\.md|recipe\.yaml|chat_template\.jinja|vocab\.\w+|merges\.txt|\w+\.model)",
     r"\d+_\w+/(config\.json|model\.safetensors)",  # the pooling and dense modules of sentence-transformers
 )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hfcompress.checkpoint.checksums import check_checksums, read_json, write_checksums
 from hfcompress.checkpoint.errors import CompressionError, first_line, printable, shown
+from hfcompress.checkpoint.sentence_head import sentence_head_of
 from hfcompress.checkpoint.writing import scratch_beside, write_text, written
 from hfcompress.export import FORMATS, Format, Source
 from hfcompress.export.agreement import agreement
@@ -149,6 +150,8 @@ def write_export(folder: str, chosen: Format, task: Any, out: Path) -> dict[str,
         told |= {name: count[name] for name in ("parameters", "nonzero")} | chosen.write(source, work)
         if source.processor is not None:
             source.processor.save_pretrained(work)
+        if head := sentence_head_of(source.model):
+            head.save_settings(work)
         if (recipe := Path(folder) / "recipe.yaml").is_file():
             shutil.copyfile(recipe, work / recipe.name)
         write_text(work / TOLD, json.dumps(told, indent=2) + "\n", "the export")

@@ -172,17 +172,19 @@ def _name_lists(splits: Mapping[str, Dataset], kind: Any, dataset: str) -> dict[
     return {split: relabelled(rows, places[split], feature) for split, rows in splits.items()}
 
 
-def number_labels(splits: Mapping[str, Dataset], dataset: str) -> dict[str, Dataset]:
+def number_labels(
+    splits: Mapping[str, Dataset],
+    dataset: str,
+    rule: str = "a label of regression is a number",
+    field: str = "label_column, or leave problem_type out",
+) -> dict[str, Dataset]:
     """Make the column `label` one of numbers."""
     made = {}
     for split, rows in splits.items():
         values = [number(value) for value in rows["label"][:]]
         if None in values:
             wrong = rows["label"][values.index(None)]
-            raise CompressionError(
-                f"dataset {dataset!r}: a label of regression is a number, not {shown(wrong)}; name the right column with"
-                " label_column, or leave problem_type out."
-            )
+            raise CompressionError(f"dataset {dataset!r}: {rule}, not {shown(wrong)}; name the right column with {field}.")
         made[split] = relabelled(rows, [float(value or 0) for value in values], Value("float32"))
     return made
 

@@ -57,6 +57,13 @@ class Accuracy(OfflineMetric):
         return _summed(columns["predictions"] == columns["references"], columns["tokens"])
 
 
+class RecallAtOne(Accuracy):
+    """Share of texts whose nearest one among the second texts is their partner, 0..1."""
+
+    def _compute(self, *, predictions: Sequence[int], references: Sequence[int], **_: Any) -> dict[str, float]:
+        return {"recall_at_1": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
 class F1(OfflineMetric):
     """Macro F1, 0..1: the mean of the F1 of each class that occurs in the references or the predictions.
 
@@ -230,7 +237,19 @@ VALUE_METRICS: dict[str, type[OfflineMetric]] = {
 }
 """Where a number is told."""
 
-BUILT_IN: dict[str, type[OfflineMetric]] = {**VALUE_METRICS, **LABELS_METRICS, "perplexity_also": PerplexityAlso, **METRICS}
+NEIGHBOUR_METRICS: dict[str, type[OfflineMetric]] = {"agreement": Agreement}
+"""Where each text is told its nearest neighbour."""
+
+PARTNER_METRICS: dict[str, type[OfflineMetric]] = {"recall_at_1": RecallAtOne, "agreement": Agreement}
+"""Where it is looked for among the second texts of pairs."""
+
+BUILT_IN: dict[str, type[OfflineMetric]] = {
+    **VALUE_METRICS,
+    **LABELS_METRICS,
+    **PARTNER_METRICS,
+    "perplexity_also": PerplexityAlso,
+    **METRICS,
+}
 
 ERRORS_ON_THE_HUB = frozenset({"brier_score", "cer", "mae", "mape", "mase", "mse", "smape", "ter", "wer"})
 """Metrics of the Hub where less is better."""

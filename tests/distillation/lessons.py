@@ -15,6 +15,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -27,6 +28,8 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+
+from hfcompress.checkpoint.sentence_head import SentenceHead
 
 VOCAB = 60
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -82,6 +85,14 @@ def _vit(**more: Any) -> Any:
     sizes = {name: value for name, value in SIZES.items() if name != "vocab_size"}
     fields = {**sizes, **NO_DROPOUT, "image_size": 16, "patch_size": 8, "num_labels": 3, "attn_implementation": "eager", **more}
     return ViTForImageClassification(ViTConfig(**fields))
+
+
+def _embedder(**more: Any) -> Any:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    model = _bert(BertModel, **more)
+    SentenceHead({"1_Pooling": Pooling(model.config.hidden_size, "mean")}, {}).attach(model)
+    return model
 
 
 def texts(count: int, seed: int, length: int = 10) -> dict[str, torch.Tensor]:
@@ -167,6 +178,7 @@ LESSONS: dict[str, tuple[Callable[..., PreTrainedModel], Callable[[int, int], di
     "bart": (_bart, _translated),
     "answers": (lambda **more: _bert(BertForQuestionAnswering, **{**more, "num_labels": 2}), _answered),
     "images": (_vit, _pictures),
+    "embeddings": (_embedder, texts),
 }
 
 

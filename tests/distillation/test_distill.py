@@ -34,6 +34,8 @@ SOFT = ["kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon", "skewed_kl"]
 
 def terms_for(lesson: str) -> list[str]:
     """Every term that fits the task. Relations need an anatomy."""
+    if lesson == "embeddings":
+        return ["embedding", "logits_mse", *INNER, "relations"]
     fit = [*(SOFT if lesson != "number" else []), "logits_mse", "task", *INNER]
     return fit + (
         ["relations"]
@@ -47,7 +49,7 @@ ALL = [(lesson, term) for lesson in LESSONS for term in terms_for(lesson)]
 
 def loss_of(student: Any, given: dict[str, torch.Tensor], *methods: Distill, task: Any = None) -> torch.Tensor:
     with riding(student, list(methods), task):
-        return student(**given).loss
+        return student(**given)["loss"]
 
 
 def gradient(student: Any, loss: torch.Tensor) -> torch.Tensor:
@@ -92,6 +94,16 @@ def test_alone_the_task_term_is_the_models_own_loss(lesson: str) -> None:
     torch.testing.assert_close(loss_of(student, given, Distill(terms=["task"])), own, atol=1e-5, rtol=1e-5)
 
 
+def test_cached_embeddings_teach_the_same(tmp_path: Path) -> None:
+    student, teacher = pupil("embeddings"), pupil("embeddings", seed=1)
+    given = torch.utils.data.default_collate([Rows("embeddings", 40)[row] for row in (17, 3, 39)])
+    expected = loss_of(student, given, Distill(teacher, terms=["embedding"])).detach()
+    cached = Distill(teacher, terms=["embedding"], cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        found = loss_of(student, given, cached, task=loader_task("embeddings")).detach()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_soft_targets_against_the_formulas() -> None:
     """Written out with probabilities, for a batch of three and four classes."""
     p, q = torch.softmax(torch.randn(3, 4), -1), torch.softmax(torch.randn(3, 4), -1)
@@ -130,6 +142,7 @@ MIX = {
     "answers": ["kl", "task", "hidden_mse"],
     "images": ["kl", "task", "hidden_mse"],
     "several-labels": ["kl", "task"],
+    "embeddings": ["embedding", "hidden_mse"],
 }
 
 

@@ -272,6 +272,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "distil-t5": ("t5", {"steps.0.student.number": 2, "steps.1.train.epochs": 1}),
     "llm-nf4": ("llama", {"task.block_size": 32}),
+    "sentence-embeddings": ("bert-4", {"steps.0.student.number": 2, "steps.1.train.epochs": 1}),
     "small-vocab": ("distilbert", {}),
     "llm-low-rank": ("llama", {"task.block_size": 32}),
     "llm-prune": (
