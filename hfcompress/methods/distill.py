@@ -152,7 +152,7 @@ def _term(given: Any) -> Term:
     if not isinstance(fields, dict):
         raise ValueError(f"{name}: give its weight or a mapping of fields, not {fields!r}")
     try:
-        return TERMS[name](**fields)
+        return TERMS[name](**{str(key): value for key, value in fields.items()})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

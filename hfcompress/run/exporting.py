@@ -25,6 +25,8 @@ from hfcompress.run.safe_yaml import read_yaml
 from hfcompress.tasks.pretrained import load_tokenizer, open_model
 
 log = logging.getLogger("hfcompress")
+ANSWERS = ("labels", "start_positions", "end_positions")
+"""What a batch of a task holds beside what a model reads."""
 
 
 def export_model(
@@ -182,7 +184,7 @@ def _source(folder: str, chosen: Format, task: Any) -> Source:
 
     def samples(count: int) -> Any:
         for batch in task.batches(model, count, batch_size=1):
-            yield {name: value for name, value in batch.items() if name != "labels"}
+            yield {name: value for name, value in batch.items() if name not in ANSWERS}
 
     real = next(samples(1))
 

@@ -10,6 +10,7 @@ from hfcompress.tasks.base import Task
 from hfcompress.tasks.causal_lm import CausalLM
 from hfcompress.tasks.image_classification import ImageClassification
 from hfcompress.tasks.masked_lm import MaskedLM
+from hfcompress.tasks.question_answering import QuestionAnswering
 from hfcompress.tasks.sentence_embeddings import SentenceEmbeddings
 from hfcompress.tasks.seq2seq_lm import Seq2SeqLM
 from hfcompress.tasks.text_classification import TextClassification
@@ -24,6 +25,7 @@ TASKS: dict[str, type[Task]] = {
         MaskedLM,
         Seq2SeqLM,
         ImageClassification,
+        QuestionAnswering,
         SentenceEmbeddings,
     )
 }

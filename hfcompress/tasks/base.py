@@ -239,7 +239,7 @@ class Task(Splits):
     def _predict(self, model: nn.Module, data: Any) -> dict[str, np.ndarray]:
         order = self._longest_first(data)
         batches = rows_of(data, order, self.eval_batch_size, self.collator, device_of(model))
-        rows = answers(model, batches, -(-len(order) // self.eval_batch_size), self._counted, self._decide)
+        rows = answers(model, batches, -(-len(order) // self.eval_batch_size), self._counted, self._said, self._decide)
         return {
             name: self._as_opened(values) if self.answers_tokens and name in TOKENS else values
             for name, values in in_order(rows, order).items()
@@ -253,6 +253,10 @@ class Task(Splits):
         """In place of labels that there are not: 0 for every decision to compare, -100 for what is none."""
         first = next(iter(batch.values()))
         return torch.zeros(len(first), dtype=torch.long, device=first.device)
+
+    def _said(self, output: Any) -> Tensor:
+        """The logits of a model's output, an example a row."""
+        return output.logits  # type: ignore[no-any-return]
 
     def _decide(self, logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
         """What an example's logits say, and what is right."""

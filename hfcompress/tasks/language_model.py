@@ -14,7 +14,8 @@ from torch import nn
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.tasks import own_text
 from hfcompress.tasks.data import EVAL_SPLITS, choose
-from hfcompress.tasks.metrics import METRICS, PerplexityAlso, Table
+from hfcompress.tasks.metric_classes import PerplexityAlso
+from hfcompress.tasks.metrics import METRICS, Table
 from hfcompress.tasks.mixture import DATA, OWN, rows_of, same_place, shares, without
 from hfcompress.tasks.texts import TextTask
 

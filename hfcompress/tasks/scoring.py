@@ -17,11 +17,11 @@ Decision = dict[str, np.ndarray]
 
 
 def answers(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], total: int, counted: Callable, decide: Callable
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], total: int, counted: Callable, said: Callable, decide: Callable
 ) -> list[Decision]:
     """What `decide` makes of each example's logits and labels. The model answers in eval mode, and is left as it was.
 
-    `counted`: a batch without labels -> what stands in their place.
+    `counted`: a batch without labels -> what stands in their place. `said`: an output -> its logits.
     """
     modes = [(module, module.training) for module in model.modules()]
     rows: list[Decision] = []
@@ -31,7 +31,7 @@ def answers(
             labels = batch.pop("labels", None)
             labels = counted(batch) if labels is None else labels
             with torch.no_grad():
-                logits = model(**batch).logits
+                logits = said(model(**batch))
                 labels = labels.to(logits.device)  # the last of a model's layers may be on another device than its first
                 rows.extend(decide(row, label) for row, label in zip(logits, labels, strict=True))
     finally:

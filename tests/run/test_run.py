@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import hfcompress.run.loop as loop
 from hfcompress import CompressionError, Recipe, compress
@@ -25,7 +25,7 @@ from hfcompress.results.report import Report
 from hfcompress.run.recipe import shipped_recipes
 from tests import fresh
 from tests.export.models import VOCABULARY, byte_tokenizer
-from tests.tiny import TOPICS, WORDS, tiny_checkpoint, tiny_images, tiny_model, tiny_texts
+from tests.tiny import TOPICS, WORDS, tiny_checkpoint, tiny_config, tiny_images, tiny_model, tiny_texts, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TRAIN = {"epochs": 3, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "bf16": False}
@@ -60,6 +60,14 @@ def families(place: Path) -> Path:
         for other in WORDS[:3]
     ]
     (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = [
+        {"question": "what of the cat", "context": f"the {word} of the cat", "answers": {"text": [word], "answer_start": [4]}}
+        for word in WORDS
+    ]
+    (place / "squad.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    config = tiny_config("bert", layers=4, num_labels=2)
+    AutoModelForQuestionAnswering.from_config(config).save_pretrained(place / "bert-answers")
+    tiny_tokenizer().save_pretrained(place / "bert-answers")
     return place
 
 
@@ -272,6 +280,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "distil-t5": ("t5", {"steps.0.student.number": 2, "steps.1.train.epochs": 1}),
     "llm-nf4": ("llama", {"task.block_size": 32}),
+    "distil-qa": (
+        "bert-answers",
+        {"task.max_length": 32, "task.stride": 8, "steps.0.student.number": 2, "steps.1.train.epochs": 1},
+    ),
     "sentence-embeddings": ("bert-4", {"steps.0.student.number": 2, "steps.1.train.epochs": 1}),
     "small-vocab": ("distilbert", {}),
     "llm-low-rank": ("llama", {"task.block_size": 32}),
@@ -285,7 +297,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-DATA = {"image-classification": "images", "seq2seq-lm": "pairs.jsonl"}
+DATA = {"image-classification": "images", "seq2seq-lm": "pairs.jsonl", "question-answering": "squad.jsonl"}
 
 
 def tiny_recipe(name: str, families: Path) -> Recipe:

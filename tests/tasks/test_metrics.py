@@ -10,14 +10,11 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.tasks.metric_classes import F1, Accuracy, Agreement, Perplexity
 from hfcompress.tasks.metrics import (
     BUILT_IN,
-    F1,
     LABELS_METRICS,
     VALUE_METRICS,
-    Accuracy,
-    Agreement,
-    Perplexity,
     below_chance,
     gain,
     higher_is_better,

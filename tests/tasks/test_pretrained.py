@@ -206,7 +206,7 @@ def test_a_file_names_built_in_metrics_only(place: Path, tmp_path: Path, monkeyp
     sentence = (
         "metrics: './evil.py' is not built in, and one from elsewhere is code that would run here; name a built-in one, or allow"
         " it on the command line with --trust-metrics (in Python: task.trust_metrics())."
-        " Possible: accuracy, agreement, f1, f1_macro, f1_micro, mse, pearson, perplexity, perplexity_also, recall_at_1, spearman."
+        " Possible: accuracy, agreement, exact_match, f1, f1_macro, f1_micro, mse, pearson, perplexity, perplexity_also, recall_at_1, spearman."
     )
     with pytest.raises(CompressionError) as caught:
         task.open(str(place / "bert"))
