@@ -43,13 +43,13 @@ ONLY_IN = {
     "typer": {"run.cli", "run.arguments"},
     "datasets": {
         "tasks.data",
-        "tasks.metrics",
+        "tasks.metric_classes",
         *(
             f"tasks.{name}"
             for name in ("base", "splits", "columns", "texts", "labels", "language_model", "mixture", *TASK_FILES)
         ),
     },
-    "evaluate": {"tasks.metrics"},
+    "evaluate": {"tasks.metrics", "tasks.metric_classes"},
     "matplotlib": {"results.plot", "results.layer_plot"},
     "peft": {"methods.adapters", "surgery.lora", "checkpoint.artifact"},
     "bitsandbytes": {"layers.bnb_library"},

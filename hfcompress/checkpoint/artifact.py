@@ -17,6 +17,7 @@ from hfcompress.checkpoint.sentence_head import sentence_head_of
 from hfcompress.checkpoint.writing import written
 from hfcompress.layers import holds_codes, prepare
 from hfcompress.layers.bnb_hooks import forget_compute_dtype
+from hfcompress.layers.quantized import QuantEmbedding
 
 ADAPTER = "adapter"
 
@@ -54,6 +55,8 @@ def complete(model: Any, folder: str | Path, dtype: torch.dtype | None = None) -
         check_layer(name, module)
         forget_compute_dtype(module, stored)
         prepare(module)
+        if isinstance(module, QuantEmbedding):
+            module.hold_codes(as_buffer=False)
     if coded and dtype is not None:
         for name, parameter in model.named_parameters():
             cast_dense(model, name, parameter, dtype)

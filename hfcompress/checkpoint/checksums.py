@@ -65,6 +65,7 @@ def _changed(path: Path, what: str) -> CompressionError:
 
 def _weights(folder: Path) -> list[str]:
     found = [*folder.glob("model*.safetensors"), *folder.glob("adapter/*.safetensors")]
+    found += folder.glob("[0-9]*_*/*.safetensors")  # modules of sentence-transformers
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 

@@ -94,6 +94,7 @@ def _check_shapes(model: nn.Module, blank: nn.Module) -> None:
 def _check_whole(model: nn.Module, blank: nn.Module) -> None:
     """Nothing that the config describes is missing: a load would fill it with random weights."""
     mine = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    mine |= {name for name, _ in model.named_buffers(remove_duplicate=False)}  # codes, see `QuantEmbedding.hold_codes`
     for name, _ in blank.named_parameters(remove_duplicate=False):
         if name not in mine:
             raise CompressionError(

@@ -6,6 +6,7 @@ Of this package, a checkpoint's config names only layer kinds and sizes; no code
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from hfcompress.checkpoint.errors import INSTALL, CompressionError, shown
 from hfcompress.checkpoint.structure import FORMAT, Structure, kept_in_float32, name_in, rebuild
 from hfcompress.layers import KINDS, holds_codes, kind_of, prepare, stands_in
 from hfcompress.layers.quantized import QuantEmbedding
+
+MODULES = "modules.json"
+"""What sentence-transformers writes beside a model of its own."""
 
 
 @register_quantization_config("hfcompress")
@@ -102,9 +106,10 @@ class HfcompressQuantizer(HfQuantizer):
             model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
         for name, parameter in model.named_parameters():
             cast_dense(model, name, parameter, self._dtypes.get(name, parameter.dtype))
-        for module in model.modules() if not getattr(model, "all_tied_weights_keys", None) else ():
-            if isinstance(module, QuantEmbedding):
-                module.hold_codes_as_buffer()
+        if any(Path(file).with_name(MODULES).is_file() for file in self._files):
+            for module in model.modules():
+                if isinstance(module, QuantEmbedding):
+                    module.hold_codes(as_buffer=True)
         forget_reading(model)
         return model
 

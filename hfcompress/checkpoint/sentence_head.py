@@ -6,6 +6,7 @@ output as `logits`, and files that are saved with it, so that `SentenceTransform
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, cached_file
 
 from hfcompress.checkpoint.errors import CompressionError, first_line, shown
+from hfcompress.checkpoint.quantizer import MODULES
 
-MODULES, SETTINGS = "modules.json", ("sentence_bert_config.json", "config_sentence_transformers.json")
+SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
 OWN = "sentence_transformers."
 """Where the classes of modules come from; others would be code of whoever wrote the checkpoint."""
 
@@ -51,30 +53,39 @@ class SentenceHead:
     def written(self, text: str) -> str:
         """A text as sentence-transformers hands it to the tokenizer, with the prompt that it puts before each."""
         told = self.settings.get(SETTINGS[1], {})
-        prompt = (told.get("prompts") or {}).get(told.get("default_prompt_name")) or ""
-        text = prompt + text
+        prompts = told.get("prompts")
+        text = f"{prompts.get(told.get('default_prompt_name')) or ''}{text}" if isinstance(prompts, dict) else text
         return text.lower() if self.settings.get(SETTINGS[0], {}).get("do_lower_case") else text
 
     def attach(self, model: nn.Module) -> None:
         """Have the model answer with embeddings, (batch, width) float32, as `logits`, beside what it answers anyway."""
         model.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> SentenceOutput:
-        states = output.last_hidden_state.float()
-        mask = kwargs.get("attention_mask")
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not isinstance(output, ModelOutput):
+            return output  # a tuple was asked for
+        names = list(inspect.signature(model.forward).parameters)
+        mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+        states = output["last_hidden_state"].float()
         if mask is None:
             mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
-        found: dict[str, Tensor] = {"token_embeddings": states, "attention_mask": mask}
+        found: dict[str, Any] = {"token_embeddings": states, "attention_mask": mask}
+        if output.get("hidden_states") is not None:
+            found["all_layer_embeddings"] = output["hidden_states"]
         for module in self.modules.values():
             found = module.to(states.device)(found)
         kept = {field.name: output[field.name] for field in fields(SentenceOutput) if field.name in output}
         return SentenceOutput(**kept, logits=found["sentence_embedding"])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights of its modules."""
+        return {f"{place}.{name}": one for place, module in self.modules.items() for name, one in module.state_dict().items()}
+
     def save(self, folder: Path) -> None:
         """Write the modules and what `SentenceTransformer(folder)` wants to know of them."""
         listed = [_line(0, "", "sentence_transformers.models.Transformer")]
         for number, (name, module) in enumerate(self.modules.items(), start=1):
-            (folder / name).mkdir(exist_ok=True)
+            (folder / name).mkdir(parents=True, exist_ok=True)
             module.save(str(folder / name))  # type: ignore[operator]
             listed.append(_line(number, name, f"{type(module).__module__}.{type(module).__name__}"))
         (folder / MODULES).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
@@ -108,14 +119,20 @@ def read_sentence_head(path: str, width: int) -> SentenceHead:
         return SentenceHead({"1_Pooling": Pooling(width, "mean")}, settings)
     modules: dict[str, nn.Module] = {}
     for told in listed if isinstance(listed, list) else []:
-        if told.get("path"):  # the encoder itself lies in the folder
+        if isinstance(told, dict) and told.get("path"):  # the encoder itself lies in the folder
             modules[str(told["path"])] = _module(path, told)
     if not modules:
         raise CompressionError(
             f"model {path!r}: its {MODULES} names no module after an encoder at the top of the folder; save it anew with "
             f"sentence-transformers, whose newer versions put the encoder there."
         )
-    return SentenceHead(modules, settings)
+    head = SentenceHead(modules, settings)
+    if head.written("") and not all(getattr(module, "include_prompt", True) for module in modules.values()):
+        raise CompressionError(
+            f"model {path!r}: its pooling leaves out the tokens of its default prompt, which is not done here; choose another "
+            f"checkpoint, or take default_prompt_name out of its {SETTINGS[1]}."
+        )
+    return head
 
 
 def _line(number: int, path: str, kind: str) -> dict[str, Any]:

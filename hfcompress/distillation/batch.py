@@ -69,6 +69,12 @@ class Batch:
     def logits(self, prediction: Prediction, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(student's, mean of the teachers') answers on these rows, (N, C) each, over the classes both have."""
         theirs = self._teachers(prediction, rows)
+        width, other = prediction.logits.shape[-1], theirs[0].shape[-1]
+        if prediction.kind == "embeddings" and other != width:
+            raise CompressionError(
+                f"distill: the teacher's embeddings are {other} wide and the student's {width}; take a teacher of the same "
+                f"width."
+            )
         return prediction.logits[rows][..., : theirs[0].shape[-1]], torch.stack([one.float() for one in theirs]).mean(dim=0)
 
     def log_probs(self, prediction: Prediction, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -104,7 +110,7 @@ class Batch:
                 f"{tuple(rows.shape)}; take a teacher that cuts its input into the same positions."
             )
         is_padded = prediction.logits.dim() == 3 and hasattr(config_of(self.model), "vocab_size")
-        if not is_padded and answer.shape != prediction.logits.shape:
+        if not is_padded and answer.shape != prediction.logits.shape and prediction.kind != "embeddings":
             raise CompressionError(
                 f"distill: the teacher answers with {answer.shape[-1]} classes and the student with "
                 f"{prediction.logits.shape[-1]}; take a teacher that was trained on the same labels."

@@ -24,6 +24,7 @@ from hfcompress.calibration.batches import examples
 from hfcompress.calibration.processes import processes
 from hfcompress.calibration.progress import progress
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.checkpoint.sentence_head import sentence_head_of
 from hfcompress.checkpoint.writing import write_text, written
 from hfcompress.distillation import losses
 from hfcompress.distillation.batch import CachedAnswers
@@ -82,11 +83,15 @@ def size(model: Any, batch: dict[str, Tensor]) -> int:
 
 
 def fingerprint(model: Any) -> str:
-    """32 hex digits that tell a model's weights, and the config they are computed with."""
+    """32 hex digits that tell a model's weights, and the config they are computed with; what embeddings are made with, too."""
     digest = hashlib.blake2b(digest_size=16)
     config = model.config.to_dict() if hasattr(model, "config") else {}
     digest.update(json.dumps({key: config[key] for key in sorted(config) if key not in _PASSING}, default=str).encode())
-    for name, tensor in model.state_dict().items():
+    head = sentence_head_of(model)
+    for name, module in head.modules.items() if head else ():
+        digest.update(f"{name} {type(module).__name__} {getattr(module, 'get_config_dict', dict)()}".encode())
+    tensors = {**model.state_dict(), **(head.tensors() if head else {})}
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
             digest.update(name.encode())
             digest.update(_bytes(tensor))

@@ -316,12 +316,12 @@ class QuantEmbedding(Codes, nn.Embedding):
         offset = None if self.offset is None else self.offset[ids]
         return _worth(codes, self.scale[ids], offset).flatten(-2).to(self.speaks.dtype)
 
-    def hold_codes_as_buffer(self) -> None:
-        """Libraries (sentence-transformers) take the first parameter of a model, often this one, for its dtype. What shares its
-        codes as a parameter can't be told so."""
+    def hold_codes(self, as_buffer: bool) -> None:
+        """As a parameter, as everybody expects it; or as a buffer for sentence-transformers, which takes the dtype of a model's
+        first parameter, often this one, for that of its embeddings."""
         codes = self.weight.data
         del self.weight
-        self.register_buffer("weight", codes)
+        self.register_buffer("weight", codes) if as_buffer else self.register_parameter("weight", nn.Parameter(codes, False))
 
     def fast_form(self) -> None:
         """The rows that are asked for are few."""

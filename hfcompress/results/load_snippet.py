@@ -11,7 +11,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from hfcompress.checkpoint.errors import INSTALL
-from hfcompress.checkpoint.sentence_head import MODULES
+from hfcompress.checkpoint.quantizer import MODULES
 
 SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompress: end -->"
 
@@ -51,6 +51,8 @@ def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
     code = ["import hfcompress  # teaches transformers to load it"] if method == "hfcompress" else []
     if embeds:
         code += ["from sentence_transformers import SentenceTransformer", "", f"model = SentenceTransformer({quoted})"]
+        if with_adapter:
+            code.append(f'model[0].model.load_adapter({quoted}, adapter_kwargs={{"subfolder": "adapter"}})')
         return "\n".join([*code, 'embeddings = model.encode(["a text", "another text"])']), packages
     code += [f"from transformers import {', '.join(sorted(set(loaders.values())))}", ""]
     code += [f"{variable} = {loader}.from_pretrained({quoted})" for variable, loader in loaders.items()]

@@ -131,7 +131,7 @@ class Recipe(Fields):
             mistakes += _export_mistakes(raw["export"])
         if isinstance(raw.get("task"), dict):
             raw["task"] = _read_task(raw["task"], mistakes)
-            mistakes += _label_mistakes(raw["task"], raw.get("steps"))
+            mistakes += _label_mistakes(raw["task"], raw.get("steps"), raw.get("control") is True)
         elif "task" in raw and not isinstance(raw["task"], Task):
             mistakes.append(
                 f"task: it must be a mapping, as in {{name: causal-lm, dataset: my.txt}}, not {shown(raw['task'])}."
@@ -284,27 +284,27 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
     return mistakes
 
 
-def _label_mistakes(task: Task | None, steps: Any) -> list[str]:
+def _label_mistakes(task: Task | None, steps: Any, control: bool) -> list[str]:
     """What needs labels, where the data has none."""
-    if getattr(task, "labelled", True) or not isinstance(steps, tuple):
+    if task is None or (task.learns_alone and getattr(task, "labelled", True)) or not isinstance(steps, tuple):
         return []
-    mistakes = []
+    why, remedy, instead = "task.labelled is false", "{alpha: 1}", "set alpha: 1, or leave the term task out"
+    if not task.learns_alone:
+        why, remedy, instead = f"{task.name} has none", "{terms: [embedding]}", "give it terms: [embedding]"  # type: ignore[attr-defined]
+    mistakes = [f"control: without its teacher a model has no labels to learn from, as {why}; omit control."] if control else []
     for number, step in enumerate(steps):
         riders = step.riders if isinstance(step, Train) else ()
         if isinstance(step, Train) and not any(rider.replaces_loss for rider in riders):
             mistakes.append(
-                f"steps.{number}: train has no labels to learn from, as task.labelled is false; learn from a teacher:"
-                " with: [{distill: {alpha: 1}}]."
+                f"steps.{number}: train has no labels to learn from, as {why}; learn from a teacher:"
+                f" with: [{{distill: {remedy}}}]."
             )
         if learner := next((rider.key() for rider in riders if rider.learns_labels), None):
-            mistakes.append(
-                f"steps.{number}: {learner} also learns from labels, and task.labelled is false; set alpha: 1, or leave the "
-                "term task out."
-            )
+            mistakes.append(f"steps.{number}: {learner} also learns from labels, and {why}; {instead}.")
         for one in (step, *riders):
             if isinstance(one, Method) and one.wants_labels:
                 mistakes.append(
-                    f"steps.{number}: scores: {one.scores} of {one.key()} needs labels, and task.labelled is false;"  # type: ignore[attr-defined]
+                    f"steps.{number}: scores: {one.scores} of {one.key()} needs labels, and {why};"  # type: ignore[attr-defined]
                     " choose scores: activation or magnitude."
                 )
     return mistakes

@@ -33,6 +33,8 @@ class Task(Splits):
     """
 
     auto_class: ClassVar[Any]
+    learns_alone: ClassVar[bool] = True
+    """Whether a model can learn from the data without a teacher."""
     answers_tokens: ClassVar[bool] = False
     """Whether models answer with tokens of the vocabulary."""
 

@@ -73,7 +73,7 @@ def find_texts(text: str | None, pair: str | None, columns: Iterable[str], datas
             if set(both) <= set(columns):
                 return list(both)
     first = find_column("text_column", text, [guess for guess in TEXTS if guess != pair], columns, dataset)
-    return [first, find_column("text_pair_column", pair, (), columns, dataset)] if pair else [first]
+    return [first, find_column("text_pair_column", pair, (), columns, dataset, [first])] if pair else [first]
 
 
 def as_texts(rows: Dataset, columns: Iterable[str], field: str, dataset: str) -> Dataset:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Hashable, Iterable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class SentenceEmbeddings(TextTask):
     """
 
     auto_class = AutoModel
+    learns_alone: ClassVar[bool] = False
 
     text_pair_column: str | None = Field(default=None, description="the column of the second texts; guessed by default")
     score_column: str | None = Field(
@@ -94,36 +96,46 @@ class SentenceEmbeddings(TextTask):
         return find_texts(self.text_column, self.text_pair_column, rows.column_names, self.dataset)
 
     def _used(self, rows: Dataset) -> list[str]:
-        texts = self._texts(rows)
-        scored = self.score_column or any(name in rows.column_names for name in SCORES)
+        """The texts, and the scores where there are any: in a column `label` too, if it holds fractions."""
+        texts, columns = self._texts(rows), rows.column_names
+        is_fraction = "float" in str(getattr(rows.features.get("label"), "dtype", ""))
+        guesses = [*SCORES, *(["label"] if is_fraction else [])]
+        scored = self.score_column is not None or any(name in columns and name not in texts for name in guesses)
+        if self.score_column is not None and len(texts) < 2:
+            raise CompressionError(
+                f"dataset {self.dataset!r}: score_column tells how alike two texts are, and only {texts[0]!r} was found; name "
+                f"the second one with text_pair_column."
+            )
         if len(texts) < 2 or not scored:
-            if self.score_column:
-                find_column("score_column", self.score_column, (), rows.column_names, self.dataset, texts)
             return texts
-        return [*texts, find_column("score_column", self.score_column, SCORES, rows.column_names, self.dataset, texts)]
+        return [*texts, find_column("score_column", self.score_column, guesses, columns, self.dataset, texts)]
 
     def _clean(self, rows: Dataset) -> Dataset:
-        """The texts and maybe `label`, without rows that lack one."""
+        """`first`, maybe `second`, and maybe `label`, without rows that lack one."""
         texts = self._texts(rows)
-        score = self._used(rows)[len(texts) :]
-        rows = as_texts(rows.select_columns([*texts, *score]), texts, "text_column", self.dataset)
-        if score and score != ["label"]:
-            rows = rows.rename_column(score[0], "label")
-        hidden = missing(rows["label"][:], rows.features["label"]) if score else [False] * len(rows)
-        columns = [rows[text][:] for text in texts]
-        values = enumerate(zip(hidden, *columns, strict=True))
-        given = [index for index, (is_hidden, *parts) in values if not is_hidden and all(map(filled, parts))]
-        return rows.select(given, keep_in_memory=True)
+        used = self._used(rows)
+        rows = as_texts(rows.select_columns(used), texts, "text_column", self.dataset)
+        columns = {name: rows[column][:] for name, column in zip(("first", "second"), texts, strict=False)}
+        if len(used) > len(texts):
+            columns["label"] = rows[used[-1]][:]
+        hidden = missing(columns["label"], rows.features[used[-1]]) if "label" in columns else [False] * len(rows)
+        sides = zip(*(columns[name] for name in ("first", "second") if name in columns), strict=True)
+        values = enumerate(zip(hidden, sides, strict=True))
+        given = [place for place, (gone, parts) in values if not gone and all(map(filled, parts))]
+        return Dataset.from_dict({name: [column[place] for place in given] for name, column in columns.items()})
+
+    def _keys(self, rows: Dataset) -> Iterable[Hashable]:
+        return zip(*(rows[name][:] for name in _sides(rows)), strict=True)
 
     def _read(self) -> dict[str, Dataset]:
         rows = super()._read()
         columns = next(iter(rows.values())).column_names
-        self._kind = "scores" if "label" in columns else "pairs" if len(columns) > 1 else "texts"
+        self._kind = "scores" if "label" in columns else "pairs" if "second" in columns else "texts"
         return number_labels(rows, self.dataset, "a score is a number", "score_column") if self._kind == "scores" else rows
 
     def _prepare(self, train: Dataset, held_out: Dataset, path: str) -> None:
         processor, length, wanted = self.processor, self.example_length, self._wanted()
-        texts, written = self._texts(train), self._sentence_head.written
+        written = self._sentence_head.written
 
         def tokens(rows: dict[str, list]) -> dict[str, list]:
             encoded = processor(rows["text"], truncation=True, max_length=length)
@@ -131,16 +143,31 @@ class SentenceEmbeddings(TextTask):
 
         def lines(rows: Dataset) -> Dataset:
             """All first texts, then all second ones."""
-            found = [written(text) for column in texts for text in rows[column][:]]
+            found = [written(text) for side in _sides(rows) for text in rows[side][:]]
             return self._encoded(Dataset.from_dict({"text": found}), None, tokens)
 
         kept = choose(held_out, self.max_eval_samples, self.seed)
-        self._train, self._eval = lines(choose(train, self.max_train_samples, self.seed)), lines(kept)
-        self._truth = np.asarray(kept["label"][:], dtype=np.float64) if self._kind == "scores" else None
         if self._kind != "scores" and len(kept) < 3:
+            what = "pair" if self._kind == "pairs" else self.unit
             raise CompressionError(
-                f"dataset {self.dataset!r}: {len(kept)} {self.unit}s to score on leave no choice of a nearest one; give more."
+                f"dataset {self.dataset!r}: {len(kept)} {what}s to score on leave no choice of a nearest one; give more."
             )
+        self._train, self._eval = lines(choose(train, self.max_train_samples, self.seed)), lines(kept)
+        self._truth = self._told(kept)
+
+    def _told(self, kept: Dataset) -> np.ndarray:
+        """What is right: scores; of pairs, which second text is the partner, the first of equal ones."""
+        if self._kind == "scores":
+            scores = np.asarray(kept["label"][:], dtype=np.float64)
+            if not np.isfinite(scores).all():
+                raise CompressionError(
+                    f"dataset {self.dataset!r}: a score to judge by is infinite; mend it, or name another one with "
+                    f"score_column."
+                )
+            return scores
+        first: dict[str, int] = {}
+        texts = kept["second"][:] if self._kind == "pairs" else []
+        return np.array([first.setdefault(text, place) for place, text in enumerate(texts)], dtype=np.int64)
 
     # ---------------------------------------------------------------- scoring
 
@@ -165,11 +192,15 @@ class SentenceEmbeddings(TextTask):
         else:
             first, second = unit.chunk(2)
             if self._kind == "pairs":
-                said, truth = nearest(first, second), np.arange(len(first))
+                said, truth = self._truth[nearest(first, second)], self._truth
             else:
                 said, truth = (first * second).sum(-1).double().numpy(), self._truth
         ones = np.ones(len(said), dtype=np.int64)
         return {"predictions": said, "references": truth, "nll": np.zeros(len(said)), "tokens": ones}
+
+
+def _sides(rows: Dataset) -> list[str]:
+    return [name for name in ("first", "second") if name in rows.column_names]
 
 
 def nearest(queries: Tensor, among: Tensor, but_itself: bool = False) -> np.ndarray:

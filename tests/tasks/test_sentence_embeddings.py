@@ -15,7 +15,9 @@ from transformers import AutoModel
 
 from hfcompress import CompressionError, Distill, PruneHeads, PruneNeurons, Quantize, Student, compress, export_model, riding
 from hfcompress.checkpoint.artifact import save
+from hfcompress.checkpoint.checksums import check_checksums
 from hfcompress.checkpoint.proof import prove
+from hfcompress.results.load_snippet import load_code
 from hfcompress.run.recipe import Recipe
 from hfcompress.tasks import read_task
 from hfcompress.tasks.sentence_embeddings import nearest
@@ -320,6 +322,23 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path, place: Path, monkeypatc
     (path / "modules.json").write_text("{")
     with pytest.raises(CompressionError, match=r"its modules\.json is no JSON"):
         task_on(place).open(str(path))
+    with pytest.raises(
+        CompressionError, match="control: without its teacher a model has no labels to learn from, as sentence-emb"
+    ):
+        Recipe.from_dict({**steps(place), "control": True})
+    with pytest.raises(
+        CompressionError, match="train has no labels to learn from, as sentence-embeddings has none; learn from a"
+    ):
+        Recipe.from_dict({**steps(place), "steps": [{"train": {"epochs": 1}}]})
+    with pytest.raises(CompressionError, match=r"also learns from labels, .* has none; give it terms: \[embedding\]"):
+        Recipe.from_dict({**steps(place), "steps": [{"train": {"epochs": 1, "with": ["distill"]}}]})
+    with pytest.raises(CompressionError, match="only 'text' was found; name the second one with text_pair_column"):
+        (tmp_path / "one.jsonl").write_text("\n".join(json.dumps({"text": f"goal {n}", "score": n}) for n in range(9)))
+        task_on(tmp_path, "one.jsonl", score_column="score").open(str(place / "model"))
+    with pytest.raises(CompressionError, match="a score to judge by is infinite"):
+        rows = [{"text1": f"goal {number}", "text2": "match", "score": float("inf")} for number in range(9)]
+        (tmp_path / "inf.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        task_on(tmp_path, "inf.jsonl").open(str(place / "model"))
     with pytest.raises(CompressionError, match="2 texts to score on leave no choice of a nearest one; give more"):
         task_on(place, eval_samples=2).open(str(place / "model"))
     with pytest.raises(CompressionError, match="a score is a number, not 'high'; name the right column with score_column"):
@@ -356,3 +375,110 @@ def test_an_export_tells_embeddings(tmp_path: Path, place: Path, to: str) -> Non
     assert other.example_length == 24, "what it cuts texts to is kept"
     task.remember(model)
     assert task.score(served)["agreement"] > 0.9
+
+
+# ---------------------------------------------------------------- what a user of it met
+
+
+def test_coded_embeddings_are_saved_again_and_counted_alike(tmp_path: Path, place: Path) -> None:
+    """sentence-transformers sees them as a buffer; whoever opens them here sees parameters, and compresses further."""
+    task = task_on(place)
+    model = task.load_model(str(place / "model"))
+    Quantize(8, engine="hfcompress", embeddings=8).run(model, task)
+    count = sum(one.numel() for one in model.parameters())
+    save(model, task.processor, tmp_path / "once")
+    again = task.load_model(str(tmp_path / "once"))
+    assert sum(one.numel() for one in again.parameters()) == count
+    save(again, task.processor, tmp_path / "twice")
+    opened = SentenceTransformer(str(tmp_path / "twice"), device="cpu")
+    np.testing.assert_allclose(opened.encode(TEXTS), told(again, task), atol=2e-6)
+    opened.save_pretrained(str(tmp_path / "thrice"))
+    np.testing.assert_array_equal(
+        SentenceTransformer(str(tmp_path / "thrice"), device="cpu").encode(TEXTS), opened.encode(TEXTS)
+    )
+
+
+def test_an_adapter_that_was_kept_is_put_on_as_the_card_says(tmp_path: Path, place: Path) -> None:
+    wanted = steps(place)
+    with_ = [{"adapters": {"r": 4, "merge": False}}, {"distill": {"terms": ["embedding"]}}]
+    wanted["steps"] = [{"train": {"epochs": 2, "learning_rate": 5e-2, "per_device_train_batch_size": 16, "with": with_}}]
+    wanted["steps"].insert(0, {"student": {"number": 1}})
+    out = tmp_path / "out"
+    compress(Recipe.from_dict(wanted), out)
+    task = task_on(place)
+    expected = told(task.load_model(str(out)), task)
+    code, _ = load_code(out, str(out))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    np.testing.assert_allclose(names["model"].encode(TEXTS), expected, atol=1e-5)
+    assert not np.allclose(SentenceTransformer(str(out), device="cpu").encode(TEXTS), expected, atol=1e-3)
+
+
+def test_weights_of_modules_are_verified(tmp_path: Path, place: Path) -> None:
+    path = embedder(tmp_path / "model", Pooling(64, "mean"), Dense(64, 16))
+    task = task_on(place)
+    save(task.load_model(str(path)), task.processor, tmp_path / "saved")
+    file = tmp_path / "saved" / "2_Dense" / "model.safetensors"
+    altered = bytearray(file.read_bytes())
+    altered[-3] ^= 1
+    file.write_bytes(altered)
+    with pytest.raises(CompressionError, match=r"2_Dense/model\.safetensors"):
+        check_checksums(tmp_path / "saved")
+
+
+def test_masks_by_position_and_tuples_are_heeded(place: Path) -> None:
+    task = task_on(place)
+    model = task.load_model(str(place / "model"))
+    batch = task.processor(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model(batch["input_ids"], batch["attention_mask"], token_type_ids=batch["token_type_ids"]).logits
+        np.testing.assert_allclose(found, told(model, task), atol=1e-6)
+        assert isinstance(model(**batch, return_dict=False), tuple)
+
+
+def test_weighted_layers_are_given_all_of_them(tmp_path: Path, place: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling
+
+    path = embedder(tmp_path / "model", WeightedLayerPooling(64, num_hidden_layers=2, layer_start=1), Pooling(64, "mean"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "output_hidden_states": True}))
+    task = task_on(place)
+    expected = SentenceTransformer(str(path), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(told(task.load_model(str(path)), task), expected, atol=1e-5)
+
+
+def test_pooling_without_the_prompt_is_refused(tmp_path: Path, place: Path) -> None:
+    pooling = Pooling(64, "mean", include_prompt=False)
+    path = embedder(tmp_path / "model", pooling, prompts={"topic": "the goal: "}, default_prompt_name="topic")
+    with pytest.raises(CompressionError, match="its pooling leaves out the tokens of its default prompt"):
+        task_on(place).open(str(path))
+
+
+def test_equal_second_texts_are_one_and_labels_are_texts_or_scores(tmp_path: Path, place: Path) -> None:
+    rows = [{"query": f"goal {number}", "passage": f"the {TEXTS[number % 3]}"} for number in range(12)]
+    (tmp_path / "shared.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = task_on(tmp_path, "shared.jsonl", eval_samples=6)
+    columns = task.predict(task.load_model(str(place / "model")))
+    passages = [task.processor.decode(ids) for ids in task.eval_dataset["input_ids"][6:]]
+    for said, right in zip(columns["predictions"], columns["references"], strict=True):
+        assert passages.index(passages[said]) == said and passages.index(passages[right]) == right
+    rows = [{"sentence1": f"goal {number}", "sentence2": "the match", "label": number / 8} for number in range(12)]
+    (tmp_path / "stsb.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert task_on(tmp_path, "stsb.jsonl").open(str(place / "model")).scored_by == ["spearman", "pearson"]
+    rows = [{"label": f"goal {number}"} for number in range(40)]
+    (tmp_path / "named.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert task_on(tmp_path, "named.jsonl", text_column="label").open(str(place / "model")).scored_by == ["agreement"]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_teacher_of_another_width_is_refused(tmp_path: Path, place: Path, cached: bool) -> None:
+    narrow = embedder(tmp_path / "narrow", Pooling(64, "mean"), Dense(64, 16))
+    task = task_on(place)
+    more = {"cache": str(tmp_path / "cache")} if cached else {}  # one for both: their encoders are the same, their modules not
+    for student, teacher in ((place / "model", narrow), (narrow, place / "model")):
+        model = task_on(place).load_model(str(student)).train()
+        with (
+            pytest.raises(CompressionError, match=r"wide and the student's|was recorded with teachers"),
+            riding(model, [Distill(str(teacher), terms=["embedding"], **more)], task.open(str(student))),
+        ):
+            model(**next(task.batches(model, 8)))
