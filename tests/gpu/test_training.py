@@ -50,7 +50,8 @@ def test_one_step_of_distillation_is_that_of_a_cpu(lesson: str, tmp_path: Path) 
     found = []
     for use_cpu in (True, False):
         student, teacher = pupil(lesson), pupil(lesson, seed=1)
-        terms = ["kl", "task", {"hidden_mse": {"layers": "even"}}] if lesson != "number" else ["task", "logits_mse"]
+        own = {"number": ["task", "logits_mse"], "embeddings": ["embedding", "hidden_mse"]}
+        terms = own.get(lesson, ["kl", "task", {"hidden_mse": {"layers": "even"}}])
         work = arguments(tmp_path, 8, learning_rate=0.1, use_cpu=use_cpu or DEVICE.type == "cpu")
         method = CompressionCallback(Distill(teacher, terms=terms))
         Trainer(model=student, args=work, train_dataset=Rows(lesson), callbacks=[method]).train()

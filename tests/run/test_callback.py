@@ -223,7 +223,7 @@ def test_a_bare_accelerate_loop_distils() -> None:
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_learning_without_labels_is_pure_imitation(lesson: str) -> None:
     student, given = pupil(lesson), batch(lesson)
-    terms = ["logits_mse"] if lesson == "number" else ["kl"]
+    terms = {"number": ["logits_mse"], "embeddings": ["embedding"]}.get(lesson, ["kl"])
     with riding(student, [Distill(pupil(lesson, seed=1), terms=terms)]):
         expected = student(**given).loss
         if lesson in ("t5", "bart", "whisper"):
@@ -231,7 +231,7 @@ def test_learning_without_labels_is_pure_imitation(lesson: str) -> None:
         unlabelled = {key: value for key, value in given.items() if key not in ("labels", "start_positions", "end_positions")}
         loss = student(**unlabelled).loss
     assert loss > 0
-    if lesson in ("sequence", "several-labels", "number", "answers", "images"):
+    if lesson in ("sequence", "several-labels", "number", "answers", "images", "embeddings"):
         torch.testing.assert_close(loss, expected)
 
 
