@@ -64,7 +64,7 @@ class SentenceHead:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not isinstance(output, ModelOutput):
             return output  # a tuple was asked for
-        names = list(inspect.signature(model.forward).parameters)
+        names = inspect.signature(model.forward).parameters if args else ()  # most give it by name
         mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
         states = output["last_hidden_state"].float()
         if mask is None:

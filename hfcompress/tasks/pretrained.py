@@ -90,6 +90,17 @@ def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_fast_tokenizer(path: str, what: str, **kwargs: Any) -> Any:
+    """The same, one of the fast ones, which alone tell `what`."""
+    tokenizer: Any = load_tokenizer(path, **kwargs)
+    if not tokenizer.is_fast:
+        raise CompressionError(
+            f"model {str(path)!r}: its tokenizer is written in Python and does not tell {what};"
+            " choose a checkpoint with a fast tokenizer (tokenizer.json)."
+        )
+    return tokenizer
+
+
 def load_image_processor(path: str) -> Any:
     """The image processor of a checkpoint; it works with Pillow where torchvision is not installed."""
     where, more = locate(path)

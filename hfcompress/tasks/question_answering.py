@@ -14,7 +14,7 @@ from hfcompress.checkpoint.errors import CompressionError, shown
 from hfcompress.tasks.columns import as_texts, filled, find_column
 from hfcompress.tasks.data import choose
 from hfcompress.tasks.metrics import ANSWER_METRICS, Table
-from hfcompress.tasks.pretrained import has_head, load_tokenizer
+from hfcompress.tasks.pretrained import has_head, load_fast_tokenizer
 from hfcompress.tasks.scoring import Decision
 from hfcompress.tasks.squad import exactly, overlap
 from hfcompress.tasks.texts import TextTask
@@ -64,12 +64,7 @@ class QuestionAnswering(TextTask):
 
     def load_processor(self, path: str) -> Any:
         """The tokenizer of a checkpoint, a fast one, which knows where its tokens stand; it pads on the right."""
-        tokenizer = load_tokenizer(path)
-        if not tokenizer.is_fast:
-            raise CompressionError(
-                f"model {str(path)!r}: its tokenizer is written in Python and does not tell where a token stands in the text;"
-                " choose a checkpoint with a fast tokenizer (tokenizer.json)."
-            )
+        tokenizer = load_fast_tokenizer(path, "where a token stands in the text")
         tokenizer.padding_side = "right"  # pads before a text would move the answers
         return tokenizer
 

@@ -22,7 +22,8 @@ from hfcompress.tasks.texts import TextTask
 SCORES = ("score", "similarity_score", "similarity")
 ROWS = 1024
 """Similarities are made of so many texts at a time with all."""
-PAIRS = (("anchor", "positive"), ("query", "passage"), ("query", "answer"), ("sentence1", "sentence2"), ("text1", "text2"))
+PAIRS = (("anchor", "positive"), ("query", "passage"), ("query", "answer"))
+"""Beside those that `find_texts` knows."""
 
 
 class SentenceEmbeddings(TextTask):

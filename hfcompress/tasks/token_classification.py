@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.tasks.columns import IGNORED, TAGS, WORDS, find_column, label_index, missing
 from hfcompress.tasks.labels import Classification
-from hfcompress.tasks.pretrained import load_tokenizer
+from hfcompress.tasks.pretrained import load_fast_tokenizer, load_tokenizer
 from hfcompress.tasks.texts import TextTask
 
 
@@ -29,12 +29,7 @@ class TokenClassification(Classification, TextTask):
 
     def load_processor(self, path: str) -> Any:
         """The tokenizer of a checkpoint, a fast one, which knows the words its tokens came from."""
-        tokenizer = load_tokenizer(path)
-        if not tokenizer.is_fast:
-            raise CompressionError(
-                f"model {str(path)!r}: its tokenizer is written in Python and does not tell which word a token came from;"
-                " choose a checkpoint with a fast tokenizer (tokenizer.json)."
-            )
+        tokenizer = load_fast_tokenizer(path, "which word a token came from")
         # A byte-level tokenizer takes a word without a blank before it for the rest of another word.
         if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True) is False:
             tokenizer = load_tokenizer(path, add_prefix_space=True)  # for classes that build this part anew

@@ -345,7 +345,7 @@ def test_mistakes_with_tags(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert opened(tokens=[["cat"]]).endswith("name the right one with label_column.")
     assert opened(sentence_words=[["cat"]], tags=[["O"]]).endswith("name the right one with text_column.")
     assert "labels must be names or whole numbers, not like 0.5" in opened(tokens=[["cat"], ["dog"]], tags=[[0.5]] * 2)
-    monkeypatch.setattr("hfcompress.tasks.token_classification.load_tokenizer", lambda path: SimpleNamespace(is_fast=False))
+    monkeypatch.setattr("hfcompress.tasks.pretrained.load_tokenizer", lambda path: SimpleNamespace(is_fast=False))
     with pytest.raises(CompressionError, match=r"does not tell which word a token came from; choose a checkpoint with a fast"):
         TokenClassification("x").load_processor("model")
 
