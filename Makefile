@@ -26,6 +26,8 @@ bench: $(STAMP)  ## the measured tables of docs/
 	$(BIN)/python scripts/bench_distil.py
 	$(BIN)/python scripts/bench_vocab.py
 	$(BIN)/python scripts/bench_prune.py
+	$(BIN)/python scripts/bench_lowbit.py
+	$(BIN)/python scripts/bench_sparse.py
 	$(BIN)/python scripts/benchmark
 
 gpu: $(STAMP)  ## every law on a CUDA device, and the tables of docs/gpu.md; where there is none it says so

@@ -28,7 +28,7 @@ def fed_back(
     groups). Frantar et al. 2022, GPTQ (arXiv 2210.17323), algorithm 1.
     """
     order = square.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(square[order][:, order], damping)
+    factor = inverse_factor(square[order][:, order], damping)
     if factor is None:
         log.warning(
             "%s: the second moments of what it reads have no inverse, with whatever ridge; its codes are the nearest ones, "
@@ -81,7 +81,7 @@ def _damped(square: Tensor, damping: float) -> Tensor:
     return square + torch.diag(ridge)
 
 
-def _inverse_factor(square: Tensor, damping: float) -> Tensor | None:
+def inverse_factor(square: Tensor, damping: float) -> Tensor | None:
     """The upper Cholesky factor of the inverse of the damped moments, float32; None where there is none. It is found in
     float64, as what columns say is nearly the same, often."""
     for _ in range(TRIES + 1):

@@ -59,7 +59,7 @@ def by_outputs(
 ) -> None:
     """Call `then` with every layer, by the components of what it says on the data; one that no token reaches, by its weights.
 
-    Tables come first, then the layers of the model's stacks in their order, then what stands outside of these. `writes`: `then`
+    Tables come first, then layers in the order of the model. `writes`: `then`
     may replace the layer. `pairs`: it is to say what it said in the model as it came, of what it reads now.
     """
     dense = {name: model.get_submodule(name) for name in names}
@@ -78,13 +78,15 @@ def by_outputs(
         for name in alike[target.module]:
             then(name, _of_pair(name, dense[name], pair, damping))
 
+    targets = [Projection(name, _columns(dense[name])) for name in alike]
+    if not pairs:
+        if targets:
+            layerwise(model, targets, batches, ASKED, of_moments, writes=writes)
+        return
     stacks = tuple(f"{stack.name}." for stack in layer_stacks(model))
     for inside in (True, False):  # what stands in no layer, such as a pooler, would have the whole model run for every one
-        targets = [Projection(name, _columns(dense[name])) for name in alike if name.startswith(stacks) == inside]
-        if targets and pairs:
-            paired(model, targets, batches, ASKED, of_pair, dense)
-        elif targets:
-            layerwise(model, targets, batches, ASKED, of_moments, writes=writes)
+        if some := [target for target in targets if target.module.startswith(stacks) == inside]:
+            paired(model, some, batches, ASKED, of_pair, dense)
 
 
 def _columns(layer: nn.Module) -> int:

@@ -47,16 +47,16 @@ def layerwise(
     what gates leave of what is read, not what comes to them. `offload`: keep the hidden states on the CPU.
 
     A model whose layers can't be run one by one, as they share weights or pass more from one to another than their output, is
-    run whole for every projection instead; a line says so.
+    run whole for every projection instead; a line says so. So it is for a projection before or after all layers.
     """
     walk = _Walk(model, targets, past_gates)
     with evaluating(model):
         data = list(given(batches, asked))
         try:
-            route = routed(model, [target.module for target in targets], data[0])
+            route = routed(model, [target.module for target in targets], data[0], around=True)
         except WontReplay as why:
             log.info("%s: %s is run whole for every projection, which takes longer: %s.", asked, type(model).__name__, why)
-            walk.by_forwards(data, then, writes)
+            walk.by_forwards(walk.targets, data, then, writes)
         else:
             walk.by_layers(route, data, then, writes, offload)
 
@@ -83,9 +83,12 @@ class _Walk:
         self.model, self.targets, self.past_gates = model, list(targets), past_gates
 
     def by_layers(self, route: Route, data: list[dict[str, Tensor]], then: Then, writes: bool, offload: bool) -> None:
+        self.by_forwards([one for one in self.targets if one.module in route.before], data, then, writes)
+        after = [one for one in self.targets if one.module in route.after]
         inside: dict[int, list[Projection]] = {}
         for target in sorted(self.targets, key=lambda one: route.place(one.module)):
-            inside.setdefault(route.layer_of(target.module), []).append(target)
+            if target.module not in {*route.before, *route.after}:
+                inside.setdefault(route.layer_of(target.module), []).append(target)
         never = inside.pop(-1, [])
         last = max(inside, default=-1)
         kept: list[dict[int, Any]] = [{} for _ in data]
@@ -105,27 +108,30 @@ class _Walk:
                     replay.advance(batch, states, layer)
             for target in () if writes else mine:
                 then(target, found.pop(target))
+        self.by_forwards(after, data, then, writes)
         for target in never:
             then(target, self._moments([target])[target])
 
-    def by_forwards(self, data: list[dict[str, Tensor]], then: Then, writes: bool) -> None:
+    def by_forwards(self, targets: list[Projection], data: list[dict[str, Tensor]], then: Then, writes: bool) -> None:
+        if not targets:
+            return
         lean = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
 
         def runs() -> Iterator[tuple[dict[str, Tensor], Callable[[], Any]]]:
             yield from ((batch, lambda batch=batch: self.model(**batch, **lean)) for batch in data)
 
         if not writes:
-            for target, moments in self._read(self.targets, runs(), 0).items():
+            for target, moments in self._read(targets, runs(), 0).items():
                 then(target, moments)
             return
         times: Counter[str] = Counter()
         with ExitStack() as stack:
-            for name in {target.module for target in self.targets}:
+            for name in {target.module for target in targets}:
                 hook = self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: times.update([name]))
                 stack.callback(hook.remove)
             self.model(**data[0], **lean)
         order = {name: place for place, name in enumerate(times)}
-        ordered = sorted(self.targets, key=lambda one: order.get(one.module, len(order)))
+        ordered = sorted(targets, key=lambda one: order.get(one.module, len(order)))
         for target in progress(ordered, what="calibrating", shown=processes().is_main_process):
             then(target, self._read([target], runs(), times[target.module])[target])
 

@@ -47,6 +47,10 @@ class Route:
     """Modules that are asked for, in the order in which they first ran."""
     reads: dict[str, int] = field(default_factory=dict)
     """Which tensor each of them read first: the same number, the same tensor."""
+    before: list[str] = field(default_factory=list)
+    """Those that run before the first layer, and are in none."""
+    after: list[str] = field(default_factory=list)
+    """Those that run after the last one, and are in none, as a pooler does."""
 
     def place(self, module: str) -> int:
         return self.places.get(module, len(self.places))
@@ -65,11 +69,14 @@ class Route:
         return place + 1 == len(self.layers) or self.stacks[place] != self.stacks[place + 1]
 
 
-def routed(model: Any, modules: Iterable[str], batch: dict[str, Tensor]) -> Route:
-    """The route through a model, seen and tried on the first example of a batch; `WontReplay` where there is none."""
+def routed(model: Any, modules: Iterable[str], batch: dict[str, Tensor], around: bool = False) -> Route:
+    """The route through a model, seen and tried on the first example of a batch; `WontReplay` where there is none. `around`:
+    modules may run before or after all layers as well."""
     try:
         example = next(singles(model, batch))
         route = _seen(model, list(modules), example)
+        if (outside := [*route.before, *route.after]) and (not around or len(outside) == len(route.places)):
+            raise WontReplay(f"{outside[0]} is in no layer")
         states: dict[int, Any] = {}
         replay = Replay(model, route, offload=False)
         for place, expected in enumerate(route.inputs):
@@ -100,8 +107,10 @@ def _seen(model: Any, modules: list[str], example: dict[str, Tensor]) -> Route:
         route.outputs.append(output)
 
     kept: list[Any] = []  # so that no other tensor gets the place of one that was read
+    entered: dict[str, int] = {}
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        entered.setdefault(name, len(route.layers))
         if name not in route.places and args:
             kept.append(args[0])
             route.reads[name] = next(place for place, one in enumerate(kept) if one is args[0])
@@ -121,9 +130,11 @@ def _seen(model: Any, modules: list[str], example: dict[str, Tensor]) -> Route:
         raise WontReplay(f"{twice} runs more than once")
     if len(route.outputs) < len(route.layers):
         raise WontReplay("a layer stands inside another")
-    outside = [name for name in route.places if not any(f"{name}.".startswith(f"{layer}.") for layer in route.layers)]
-    if outside:
-        raise WontReplay(f"{outside[0]} is in no layer")
+    for name in route.places:
+        if route.layer_of(name) < 0:
+            if 0 < entered[name] < len(route.layers):
+                raise WontReplay(f"{name} is in no layer")
+            (route.after if entered[name] else route.before).append(name)
     return route
 
 

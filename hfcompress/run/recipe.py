@@ -241,6 +241,7 @@ def _export_mistakes(exports: tuple[Format | None, ...]) -> list[str]:
 def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
     """What no order of data can mend: training or cutting codes, riders without a train."""
     mistakes, quantised, adapted, coder = [], None, None, ""
+    fragile: dict[str, int] = {}
     for number, step in enumerate(steps):
         riders = step.riders if isinstance(step, Train) else ()
         if isinstance(step, Method) and step.needs_training:
@@ -267,6 +268,9 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
             )
         if any(rider.keeps_adapter for rider in riders):
             adapted = number
+        if isinstance(step, Train):
+            mistakes += _undone(number, riders, fragile)
+        fragile |= {method.key(): number for method in both if method.lost_in_training}
         if quantised is not None and step is not None:
             if isinstance(step, Train) and not any(rider.chooses_trained for rider in riders):
                 helpers = " or ".join(key for key, method in METHODS.items() if method.chooses_trained)
@@ -282,6 +286,17 @@ def _order_mistakes(steps: tuple[Step | None, ...]) -> list[str]:
         if quantised is None and (coders := [method.key() for method in both if "codes" in method.edits]):
             quantised, coder = number, coders[0]
     return mistakes
+
+
+def _undone(number: int, riders: tuple[Method, ...], fragile: dict[str, int]) -> list[str]:
+    """What steps before did, and a training would undo: it reaches every weight, or an adapter is merged into all."""
+    spared = any(one.keeps_adapter or (one.chooses_trained and "adapter" not in one.edits) for one in riders)
+    return [
+        f"steps.{number}: train would undo {key} (steps.{before}), as nothing holds its zeros; list {key} under with of this "
+        f"train too."
+        for key, before in fragile.items()
+        if not spared and not any(rider.key() == key for rider in riders)
+    ]
 
 
 def _label_mistakes(task: Task | None, steps: Any, control: bool) -> list[str]:

@@ -112,6 +112,28 @@ def test_where_nothing_is_written_every_layer_runs_once(name: str) -> None:
                 torch.testing.assert_close(some.square(False) * some.tokens, sums, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_what_runs_before_and_after_all_layers_costs_these_no_walk(writes: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A projection of the embeddings and a pooler: each seen as the model is by then, and the layers still one by one."""
+    model = tiny("ElectraForSequenceClassification")
+    model.electra.embeddings_project = nn.Linear(model.config.embedding_size, model.config.hidden_size)
+    first, inner, last = "electra.embeddings_project", "electra.encoder.layer.0.output.dense", "classifier.dense"
+    data, seen = batches(model), []
+
+    def halve(target: Projection, moments: list[Any]) -> None:
+        seen.append(target.module)
+        expected = by_hand(model, target, data)[0]
+        torch.testing.assert_close(moments[0].square(False) * moments[0].tokens, expected, rtol=1e-4, atol=1e-4)
+        if writes:
+            target.weights(model)[0][1].mul_(0.5)
+
+    targets = [Projection(name, 1) for name in (last, inner, first)]
+    with caplog.at_level(logging.INFO, logger="hfcompress"):
+        layerwise(model, targets, lambda: data, "a test", halve, writes=writes)
+    assert seen == [first, inner, last]
+    assert "run whole" not in caplog.text
+
+
 def test_a_projection_that_never_runs_comes_last_with_no_tokens() -> None:
     model = tiny("LlamaForCausalLM")
     model.add_module("idle", nn.Linear(4, 4))

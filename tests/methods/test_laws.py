@@ -73,7 +73,12 @@ METHOD_ROWS: dict[str, list[Method]] = {
         PruneLayers(layers=[1]),
     ],
     "prune_vocab": [PruneVocab([" ".join(WORDS[5:120])])],
-    "prune_weights": [PruneWeights(0.6)],
+    "prune_weights": [
+        PruneWeights(0.6),
+        PruneWeights(0.5, scores="wanda", ranking="global", max_sparsity=0.9, samples=16),
+        PruneWeights(pattern="2:4", scores="sparsegpt", repair=True, samples=16),
+        PruneWeights(0.5, pattern="4x2", repair=True, samples=16),
+    ],
     "low_rank": [
         LowRank(ratio=0.5),
         LowRank(rank=4),

@@ -67,6 +67,11 @@ def test_every_method_survives_the_round_trip(method: Method) -> None:
         assert recipe.to_dict()["steps"] == [{"train": {"epochs": 2.0, "learning_rate": 1e-4, "with": [plain]}}]
 
 
+def test_a_missing_key_is_told_with_what_it_is() -> None:
+    (found,) = mistakes(task={"name": "text-classification"})
+    assert found.startswith("my.yaml: task.dataset: this key is missing; it is Hub id, file, folder of files")
+
+
 def test_all_mistakes_are_shown_at_once_with_a_did_you_mean() -> None:
     found = mistakes(
         modle="x",
@@ -84,8 +89,6 @@ def test_all_mistakes_are_shown_at_once_with_a_did_you_mean() -> None:
     )
     assert found == [
         "my.yaml: steps.0: unknown method 'prune_head'. Did you mean 'prune_heads'?",
-        "my.yaml: steps.1.prune_weights.sparsity: this key is missing; it is Share of the weights to set to zero in every target "
-        "layer, 0..1.",
         "my.yaml: steps.1.prune_weights: unknown key 'sparsty'. Did you mean 'sparsity'?",
         "my.yaml: steps.2.prune_neurons.ratio = 1.5: input should be less than 1.",
         "my.yaml: steps.3.train.with.0: unknown method 'distil'. Did you mean 'distill'?",
