@@ -3,7 +3,7 @@
 Runs the quickstart and the language-model recipes on SmolLM2-135M (packages of the demo extras, no Hub), and writes each
 report as JSON and Markdown, with a picture, into docs/. Takes about an hour on two cores.
 
-    python scripts/bench.py [quickstart] [llm-nf4] [llm-4bit] [llm-low-rank] [llm-prune]
+    python scripts/bench.py [quickstart] [deep-compression] [llm-nf4] [llm-4bit] [llm-low-rank] [llm-prune]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ TEXTS = [f"task.dataset={NEWS}", "task.max_eval_samples=16"]
 NOTE = "SmolLM2-135M-Instruct comes from a Q4_1 file: its weights lie on a 4-bit grid of 32 before anything is done.\n\n"
 RUNS: dict[str, tuple[list[str], str]] = {
     "quickstart": ([], ""),
+    "deep-compression": ([], ""),
     **{name: ([MODEL, *TEXTS], NOTE) for name in ("llm-nf4", "llm-4bit", "llm-low-rank", "llm-prune")},
 }
 
@@ -30,8 +31,23 @@ RUNS: dict[str, tuple[list[str], str]] = {
 def main(names: list[str]) -> None:
     for name in names or list(RUNS):
         overrides, note = RUNS[name]
-        report = compress(Recipe.load(name, overrides), ROOT / "out" / f"bench-{name}", overwrite=True, tell=print)
-        write(name, report, overrides, note)
+        out = ROOT / "out" / f"bench-{name}"
+        report = compress(Recipe.load(name, overrides), out, overwrite=True, tell=print)
+        write(name, report, overrides, note + on_disk(out))
+
+
+def on_disk(folder: Path) -> str:
+    """What somebody downloads to use it: weights, config and tokenizer."""
+    sizes = {
+        what: sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern)) / 1e6
+        for what, patterns in {
+            "weights": ("*.safetensors",),
+            "config": ("*config.json",),
+            "tokenizer": ("tokenizer.json",),
+        }.items()
+    }
+    told = ", ".join(f"{what} {size:.2f}" for what, size in sizes.items())
+    return f"The folder takes {sum(sizes.values()):.2f} MB: {told}.\n\n"
 
 
 def write(name: str, report: Report, overrides: list[str], note: str) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
-ASKED = {"matplotlib", "PIL", "gguf", "onnxruntime", "openvino", "sentence_transformers", "triton"}
+ASKED = {"matplotlib", "PIL", "gguf", "onnxruntime", "openvino", "sentence_transformers", "triton", "constriction"}
 """What is imported where it is there, from an extra, or with torch where that is built for CUDA."""
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 

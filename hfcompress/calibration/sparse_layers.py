@@ -191,7 +191,12 @@ def sparse_layers(
             power = power.clamp_min(1e-30)
             told.append(SparseLayer(name, float(cut / power), float(after / power), read.tokens))
         kept = agreed(kept).to(weight.device)
-        then(name, agreed(values).to(weight.device) * kept, kept, None if shift is None else agreed(shift).to(weight.device))
+        then(
+            name,
+            agreed(values).to(weight.device).masked_fill(~kept, 0.0),
+            kept,
+            None if shift is None else agreed(shift).to(weight.device),
+        )
 
     each_read(model, names, batches, asked, choose, writes=True)
     if told:

@@ -12,8 +12,10 @@ from transformers.utils import logging
 
 from hfcompress.checkpoint.checksums import CHECKSUMS, write_checksums
 from hfcompress.checkpoint.describe import describe
+from hfcompress.checkpoint.packed import packed_state
 from hfcompress.checkpoint.quantizer import cast_dense, check_layer, forget_reading  # this import registers the loader
 from hfcompress.checkpoint.sentence_head import sentence_head_of
+from hfcompress.checkpoint.structure import is_stored_packed
 from hfcompress.checkpoint.writing import written
 from hfcompress.layers import holds_codes, prepare
 from hfcompress.layers.bnb_hooks import forget_compute_dtype
@@ -22,20 +24,35 @@ from hfcompress.layers.quantized import QuantEmbedding
 ADAPTER = "adapter"
 
 
-def save(model: Any, processor: Any, folder: str | Path) -> None:
-    """Write config.json (with the structure), the weights, an adapter that was kept, the tokenizer or processor, checksums."""
+def save(model: Any, processor: Any, folder: str | Path, packed: bool | None = None) -> None:
+    """Write config.json (with the structure), the weights, an adapter that was kept, the tokenizer or processor, checksums.
+
+    `packed`: whether the weights are entropy coded, without loss; None: as the model came.
+    """
     model, folder = getattr(model, "_orig_mod", model), Path(folder)
     with written(folder, "the model"), without_bars():
         (folder / CHECKSUMS).unlink(missing_ok=True)
         with _without_adapter(model, folder / ADAPTER):
-            describe(model)
+            describe(model, packed)
             forget_reading(model)
-            model.save_pretrained(folder)
+            _save_weights(model, folder)
         if processor is not None:
             processor.save_pretrained(folder)
         if head := sentence_head_of(model):
             head.save(folder)
         write_checksums(folder)
+
+
+def _save_weights(model: Any, folder: Path) -> None:
+    if not is_stored_packed(model.config):
+        model.save_pretrained(folder)
+        return
+    quantizer = vars(model).pop("hf_quantizer", None)  # it would have its own say on what is written
+    try:
+        model.save_pretrained(folder, state_dict=packed_state(model))
+    finally:
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
 
 
 def load(task: Any, folder: str | Path, **kwargs: Any) -> Any:

@@ -11,7 +11,17 @@ from hfcompress.checkpoint.bnb_config import as_bitsandbytes
 from hfcompress.checkpoint.config_fields import changes, parts
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.integers import COUNTS, count_in, largest
-from hfcompress.checkpoint.structure import FORMAT, Structure, apply_edit, own_shapes, rebuild, submodule, twin
+from hfcompress.checkpoint.structure import (
+    FORMAT,
+    PACKED,
+    Structure,
+    apply_edit,
+    is_stored_packed,
+    own_shapes,
+    rebuild,
+    submodule,
+    twin,
+)
 from hfcompress.layers import KINDS, features, holds_codes, kind_of
 
 
@@ -31,27 +41,31 @@ def diff(model: nn.Module) -> Structure:
     return edits
 
 
-def describe(model: nn.Module) -> Structure:
-    """Make `model.config` tell what the model is: by its own fields where they can, else by `quantization_config`."""
+def describe(model: nn.Module, packed: bool | None = None) -> Structure:
+    """Make `model.config` tell what the model is: by its own fields where they can, else by `quantization_config`. `packed`:
+    whether its tensors are to be stored so, which only the plug-in can read; None: as they were."""
     config: Any = model.config
+    packed = is_stored_packed(config) if packed is None else packed
     config.quantization_config = None
     edits, before = diff(model), [(part, dict(vars(part))) for part in parts(config)]
     left = settled(model, edits)
     _set_clashes(model, False)
-    if left:
+    if left or packed:
         # In the module's own names: what transformers makes of them for older checkpoints splits and joins dense weights only.
         vars(model)["_weight_conversions"] = []
-    plain = as_bitsandbytes(model, left)
+    plain = None if packed else as_bitsandbytes(model, left)
     if plain is not None:
         config.quantization_config = plain
-    elif left:
+    elif left or packed:
         # The plug-in is needed anyway: then config.json stays that of the architecture as it came, and bounds every edit.
         for part, fields in before:
             vars(part).clear()
             vars(part).update(fields)
         rebuild(twin(model), edits)  # what could not be loaded again is refused here, not there
-        _make_loud(model)
-        config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits}
+        if not packed:  # streams are of no shape that any config describes
+            _make_loud(model)
+        stored = {"storage": PACKED} if packed else {}
+        config.quantization_config = {"quant_method": "hfcompress", "format": FORMAT, "modules": edits, **stored}
         return edits
     else:
         del config.quantization_config

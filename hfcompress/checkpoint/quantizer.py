@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.checkpoint.errors import INSTALL, CompressionError, shown
-from hfcompress.checkpoint.structure import FORMAT, Structure, kept_in_float32, name_in, rebuild
+from hfcompress.checkpoint.structure import FORMAT, PACKED, Structure, is_stored_packed, kept_in_float32, name_in, rebuild
 from hfcompress.layers import KINDS, holds_codes, kind_of, prepare, stands_in
 from hfcompress.layers.quantized import QuantEmbedding
 
@@ -28,10 +29,12 @@ MODULES = "modules.json"
 class HfcompressConfig(QuantizationConfigMixin):
     """`config.quantization_config` of a model that its own config can't express."""
 
-    def __init__(self, modules: Structure | None = None, format: int = FORMAT, **unknown: Any) -> None:
+    def __init__(
+        self, modules: Structure | None = None, format: int = FORMAT, storage: str | None = None, **unknown: Any
+    ) -> None:
         unknown.pop("quant_method", None)
         self.quant_method: Any = "hfcompress"
-        self.format, self.modules = format, modules or {}
+        self.format, self.modules, self.storage = format, modules or {}, storage
         if format != FORMAT:
             raise CompressionError(
                 f"config.json: hfcompress format {shown(format)}; this version reads format {FORMAT}; "
@@ -41,14 +44,16 @@ class HfcompressConfig(QuantizationConfigMixin):
             raise CompressionError(
                 "config.json: modules must map module names to edits; the file is damaged; save the model again."
             )
-        if unknown:
+        if unknown or storage not in (None, PACKED):
+            what = f"unknown keys {shown(', '.join(sorted(unknown)))}" if unknown else f"storage {shown(storage)}"
             raise CompressionError(
-                f"config.json: unknown keys {shown(', '.join(sorted(unknown)))} in quantization_config; possible are format "
-                f"and modules; get a newer hfcompress, which {INSTALL}."
+                f"config.json: {what} in quantization_config; possible are format, modules and storage: {PACKED}; get a newer "
+                f"hfcompress, which {INSTALL}."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "format": self.format, "modules": self.modules}
+        stored = {} if self.storage is None else {"storage": self.storage}
+        return {"quant_method": self.quant_method, "format": self.format, "modules": self.modules, **stored}
 
     to_diff_dict = to_dict
 
@@ -85,6 +90,9 @@ class HfcompressQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
+        self._beside = [Path(file).parent for file in checkpoint_files or ()]
+        if self.quantization_config.storage == PACKED:
+            self._unpack(checkpoint_files)
         self._files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         rebuild(model, self.quantization_config.modules)
         # What is read as codes may be is not cast by transformers, so that dense weights must be, afterwards.
@@ -106,12 +114,31 @@ class HfcompressQuantizer(HfQuantizer):
             model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
         for name, parameter in model.named_parameters():
             cast_dense(model, name, parameter, self._dtypes.get(name, parameter.dtype))
-        if any(Path(file).with_name(MODULES).is_file() for file in self._files):
+        vars(self).pop("_unpacked", None)
+        if any((folder / MODULES).is_file() for folder in self._beside):
             for module in model.modules():
                 if isinstance(module, QuantEmbedding):
                     module.hold_codes(as_buffer=True)
         forget_reading(model)
         return model
+
+    def _unpack(self, files: list[str] | None) -> None:
+        """Have transformers read what the streams in these files hold, from files that are gone when the model is there."""
+        from hfcompress.checkpoint.packed import unpack_file
+
+        self._unpacked = TemporaryDirectory(prefix="hfcompress-unpacked-", ignore_cleanup_errors=True)
+        for place, file in enumerate(files or ()):
+            if str(file).endswith(".safetensors"):
+                files[place] = str(Path(self._unpacked.name) / f"{place}.safetensors")  # type: ignore[index]
+                unpack_file(file, files[place])  # type: ignore[index]
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """A packed checkpoint is saved packed again, by `save_pretrained` too."""
+        if not is_stored_packed(model.config):
+            return None, {}
+        from hfcompress.checkpoint.packed import packed_state
+
+        return packed_state(model), {}
 
     def _check_loaded(self, model: Any) -> None:
         """Nothing that the structure names is missing, or another than it says, before anything computes with it."""

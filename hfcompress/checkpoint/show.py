@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from hfcompress.checkpoint.checksums import read_json
 from hfcompress.checkpoint.errors import CompressionError, printable, shown
+from hfcompress.checkpoint.packed import is_packed, unpacked_size
+from hfcompress.checkpoint.structure import PACKED
 
 
 def described(folder: Path) -> list[str | list[tuple[str, str]]]:
@@ -26,7 +30,33 @@ def described(folder: Path) -> list[str | list[tuple[str, str]]]:
     edits = told.get("modules")
     if not isinstance(edits, dict) or not all(isinstance(edit, dict) for edit in edits.values()):
         raise CompressionError(f"{where}: modules = {shown(edits)} must map module names to edits; save the model again.")
+    if told.get("storage") == PACKED:
+        lines += _streams(folder)
     return [*lines, [(_cut(name), _edit(edit)) for name, edit in edits.items()]]
+
+
+def _streams(folder: Path) -> list[str]:
+    """How small packed weights are, and where most of their bytes lie."""
+    sizes: dict[str, tuple[int, int, int]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in list(tensors.keys()):
+                if is_packed(stream := tensors.get_tensor(name)):
+                    sizes[name] = (len(stream), *unpacked_size(stream, name))
+    packed, dense, elements = (sum(one[part] for one in sizes.values()) for part in range(3))
+    if not sizes:
+        return ["packed, and no tensor is"]
+    most = sorted(sizes, key=lambda name: -sizes[name][0])[:5]
+    lines = [
+        f"packed: {packed / 1e6:.2f} MB for {dense / 1e6:.2f}, {8 * packed / max(elements, 1):.2f} bits an element; most in"
+    ]
+    return [
+        *lines,
+        *(
+            f"  {_cut(name)}: {sizes[name][0] / 1e6:.3f} MB, {8 * sizes[name][0] / max(sizes[name][2], 1):.2f} bits"
+            for name in most
+        ),
+    ]
 
 
 def harmless(file: Path) -> Any:

@@ -21,6 +21,8 @@ from hfcompress.layers import KINDS, kind_of
 
 Structure = dict[str, dict[str, Any]]
 FORMAT = 1
+PACKED = "packed"
+"""How tensors may be stored, see `checkpoint.packed`."""
 
 
 def twin(model: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
@@ -32,6 +34,12 @@ def twin(model: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
         blank: Any = type(model)(copy.deepcopy(config or model.config))  # type: ignore[call-arg]
     blank.tie_weights()  # which drawing would have done
     return blank  # type: ignore[no-any-return]
+
+
+def is_stored_packed(config: Any) -> bool:
+    """Whether a config says that the tensors are packed streams in files."""
+    told = getattr(config, "quantization_config", None) or {}
+    return (told.get("storage") if isinstance(told, dict) else getattr(told, "storage", None)) == PACKED
 
 
 def rebuild(model: nn.Module, structure: Structure) -> nn.Module:

@@ -265,12 +265,12 @@ def _standing(weight: Tensor, share: float) -> Tensor:
 
 
 def _holding(model: nn.Module, masks: dict[str, Tensor]) -> Tick:
-    """A tick that sets what these masks leave out to zero."""
+    """A tick that sets what these masks leave out to zero, which a product would leave negative at times."""
 
     @torch.no_grad()
     def tick(progress: float) -> None:
         for name, mask in masks.items():
             weight = matrix_of(model.get_submodule(name))
-            weight *= mask.to(weight.device)
+            weight.masked_fill_(~mask.to(weight.device), 0.0)
 
     return tick

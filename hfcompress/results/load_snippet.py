@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from hfcompress.checkpoint.errors import INSTALL
 from hfcompress.checkpoint.quantizer import MODULES
+from hfcompress.checkpoint.structure import PACKED
 
 SNIPPET_START, SNIPPET_END = "<!-- hfcompress: how to load -->", "<!-- hfcompress: end -->"
 
@@ -30,7 +31,8 @@ def load_section(folder: Path, name: str) -> str:
 def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
     """Python that loads the folder, as `name`, and the packages it needs beside transformers."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    stored = config.get("quantization_config") or {}
+    method = stored.get("quant_method")
     auto = auto_class(config)
     loaders = {"model": auto} | _preprocessors(folder)
     with_adapter = (folder / "adapter" / "adapter_config.json").is_file()
@@ -39,6 +41,7 @@ def load_code(folder: Path, name: str) -> tuple[str, list[str]]:
         package
         for package, needed in (
             ("hfcompress", method == "hfcompress"),
+            ("constriction", stored.get("storage") == PACKED),
             ("bitsandbytes", method == "bitsandbytes"),
             ("peft", with_adapter),
             ("optimum-quanto", cache == "quanto"),

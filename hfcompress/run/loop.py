@@ -47,6 +47,7 @@ from hfcompress.run.record import (
     learns_from_original,
     record,
     record_export,
+    record_storage,
     reference_model,
     wants_original,
 )
@@ -287,8 +288,9 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
     work = partial(out)
     whole = work / "artifact"
     shutil.rmtree(whole, ignore_errors=True)
-    artifact.save(model, task.processor, whole)
+    artifact.save(model, task.processor, whole, packed=recipe.storage is not None)
     prove(model, task.example(2, min(32, task.example_length)), whole)
+    record_storage(recipe, report, whole)
     if any(chosen.answers for chosen in recipe.export):
         add_compiled(recipe, task, report, work)
     for chosen in recipe.export:
@@ -343,8 +345,4 @@ def _same_start(one: Recipe, other: Recipe, steps: int) -> bool:
     """Whether both recipes do the same up to there: what comes after, and where the result goes, may have been changed."""
     parts = ("model", "task", "seed", "reference", "control")
     same = all(getattr(one, part) == getattr(other, part) for part in parts)
-    return same and _plain_steps(one, steps) == _plain_steps(other, steps)
-
-
-def _plain_steps(recipe: Recipe, steps: int) -> Any:
-    return recipe.to_dict()["steps"][:steps]
+    return same and one.to_dict()["steps"][:steps] == other.to_dict()["steps"][:steps]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError
@@ -54,6 +54,10 @@ class Recipe(Fields):
     export: tuple[SerializeAsAny[InstanceOf[Format]], ...] = Field(
         default=(),
         description="Formats that the result is exported to, measured and put beside it: openvino, onnx, executorch, gguf.",
+    )
+    storage: Literal["packed"] | None = Field(
+        default=None,
+        description="packed: the weights are entropy coded without loss, and decoded by hfcompress when they are loaded.",
     )
     push_to: str | None = Field(default=None, description="OWNER/NAME on the Hub.")
     control: bool = Field(

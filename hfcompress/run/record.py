@@ -84,7 +84,7 @@ def record(
         report.add(replace(row, gains=gains, notes=(*row.notes, *notes), **told))
         del beside
         if number:
-            artifact.save(model, task.processor if task.is_adopted else None, work / f"step-{number}")
+            artifact.save(model, task.processor if task.is_adopted else None, work / f"step-{number}", packed=False)
         if number == recipe.reference:
             add_same_dtype(recipe, task, model, report, work)
         report.save(work / "report.json")
@@ -92,6 +92,14 @@ def record(
             if old.name not in (f"step-{number}", f"step-{recipe.reference}"):
                 shutil.rmtree(old)
     state.wait_for_everyone()
+
+
+def record_storage(recipe: Recipe, report: Report, folder: Path) -> None:
+    """The last row once more, as its weights lie packed on disk: bit for bit the same model in fewer bytes."""
+    if recipe.storage is not None:
+        size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+        name, last = f"storage {recipe.storage}", report.rows[-1]
+        report.add(replace(last, step=name, megabytes=size / 1e6, seconds=None, notes=(), control=None, uncompressed=None))
 
 
 def record_export(recipe: Recipe, task: Task, folder: Path, chosen: Format, report: Report, work: Path) -> None:

@@ -47,6 +47,9 @@ def test_zeros_are_where_they_should_be(way: str, repair: bool, kind: str) -> No
     found = zeros(model)
     total = sum(int(one.sum()) for one in found.values()) / sum(one.numel() for one in found.values())
     assert total == pytest.approx(0.5, abs=0.02)
+    for name in found:
+        weight = model.get_submodule(name).weight
+        assert not weight[weight == 0].signbit().any(), "no negative zeros, which cost a file their signs"
     for name, one in found.items():
         if fields.get("ranking") == "global":
             assert float(one.float().mean()) <= fields.get("max_sparsity", 1.0) + 0.02, name

@@ -55,11 +55,11 @@ def stopped(place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int 
     """A run that died after so many saves."""
     saved, calls = loop.artifact.save, []
 
-    def dies(*given: Any) -> None:
+    def dies(*given: Any, **how: Any) -> None:
         calls.append(given)
         if len(calls) > after:
             raise KeyboardInterrupt
-        saved(*given)
+        saved(*given, **how)
 
     monkeypatch.setattr(loop.artifact, "save", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -328,10 +328,10 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
 ) -> None:
     saved = loop.artifact.save
 
-    def full(model: Any, processor: Any, folder: Path) -> None:
+    def full(model: Any, processor: Any, folder: Path, **how: Any) -> None:
         if folder.name == "step-2":
             raise error
-        saved(model, processor, folder)
+        saved(model, processor, folder, **how)
 
     monkeypatch.setattr(loop.artifact, "save", full)
     assert refused(place, place / "out").endswith(

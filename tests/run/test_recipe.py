@@ -213,7 +213,7 @@ def test_yaml_that_recipes_may_hold() -> None:
 
 def test_keys_that_are_no_fields_have_their_sentence() -> None:
     assert mistakes(self=1) == [
-        "my.yaml: recipe: unknown key 'self'. Possible: control, export, goal, model, output_dir, private, push_to, seed, steps, task."
+        "my.yaml: recipe: unknown key 'self'. Possible: control, export, goal, model, output_dir, private, push_to, seed, steps, storage, task."
     ]
     assert mistakes(goal={3: 1}) == ["my.yaml: goal: unknown key 3. Possible: faster, max_drop, smaller."]
     assert mistakes(steps=[{"cast": {0: 1}}]) == ["my.yaml: steps.0.cast: unknown key 0. Possible: dtype."]

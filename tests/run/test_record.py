@@ -38,11 +38,11 @@ def test_every_recipe_is_told_against_its_reference(place: Path, monkeypatch: py
     """Without a teacher too; a run that was killed tells the same, and a cast added then has its fair baseline."""
     saved, calls = loop.artifact.save, []
 
-    def dies(*given: Any) -> None:
+    def dies(*given: Any, **how: Any) -> None:
         calls.append(given)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        saved(*given)
+        saved(*given, **how)
 
     monkeypatch.setattr(loop.artifact, "save", dies)
     with pytest.raises(KeyboardInterrupt):

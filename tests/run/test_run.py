@@ -172,11 +172,11 @@ def test_a_killed_run_goes_on_to_the_same_artifact(
     saved = loop.artifact.save
     calls = []
 
-    def dies(model: Any, processor: Any, folder: Path) -> None:
+    def dies(model: Any, processor: Any, folder: Path, **how: Any) -> None:
         calls.append(folder)
         if len(calls) > killed_after:
             raise KeyboardInterrupt
-        saved(model, processor, folder)
+        saved(model, processor, folder, **how)
 
     monkeypatch.setattr(loop.artifact, "save", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -203,12 +203,18 @@ def test_a_killed_run_with_adapters_on_codes_goes_on_too(merge: bool, place: Pat
         saved, calls, out = loop.artifact.save, [], place / f"codes-{merge}-{killed_after}"
 
         def dies(
-            model: Any, processor: Any, folder: Path, calls: list = calls, saved: Any = saved, most: int = killed_after
+            model: Any,
+            processor: Any,
+            folder: Path,
+            calls: list = calls,
+            saved: Any = saved,
+            most: int = killed_after,
+            **how: Any,
         ) -> None:
             calls.append(folder)
             if len(calls) > most:
                 raise KeyboardInterrupt
-            saved(model, processor, folder)
+            saved(model, processor, folder, **how)
 
         monkeypatch.setattr(loop.artifact, "save", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -262,6 +268,19 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "steps.2.train.epochs": 1,
         },
     ),
+    "deep-compression": (
+        "bert-4",
+        {
+            "steps.1.prune_vocab.tokens": 60,
+            "steps.3.prune_heads.ratio": 0.5,
+            "steps.4.prune_neurons.round_to": 16,
+            "steps.4.prune_neurons.ratio": 0.5,
+            "steps.5.low_rank.rank": 8,
+            "steps.6.train.epochs": 1,
+            "steps.7.quantize.group_size": 8,
+            "goal.smaller": 2,
+        },
+    ),
     "fastest": ("bert-4", {"steps.3.train.epochs": 1, "steps.2.prune_neurons.round_to": 8}),
     "cpu-llm": (
         "llama-bytes",
@@ -313,7 +332,7 @@ def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_family(name: str, families
     chosen, out = tiny_recipe(name, families), families / "recipes" / name
     report = compress(chosen, out)
     served = sum(one.answers for one in chosen.export)  # llama.cpp can't be timed here beside the others
-    assert len(report.rows) == len(chosen.steps) + 1 + served
+    assert len(report.rows) == len(chosen.steps) + 1 + served + (chosen.storage is not None)
     assert all((out / one.place).is_dir() for one in chosen.export)
     model = chosen.task.auto_class.from_pretrained(out)
     steps = {step.key() for step in chosen.steps}

@@ -251,11 +251,11 @@ def test_a_killed_run_finds_its_own_text_again(
     assert writings == [8]
     saved, calls = loop.artifact.save, []
 
-    def dies(*given: Any) -> None:
+    def dies(*given: Any, **how: Any) -> None:
         calls.append(given)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        saved(*given)
+        saved(*given, **how)
 
     monkeypatch.setattr(loop.artifact, "save", dies)
     with pytest.raises(KeyboardInterrupt):
