@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import PruneVocab as PruneVocab
     from hfcompress.methods import PruneWeights as PruneWeights
     from hfcompress.methods import Quantize as Quantize
+    from hfcompress.methods import QuantizeAware as QuantizeAware
     from hfcompress.methods import QuantizeCache as QuantizeCache
     from hfcompress.methods import Student as Student
     from hfcompress.methods import riding as riding
@@ -67,6 +68,7 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "Adapters",
     "Heal",
     "Quantize",
+    "QuantizeAware",
     "QuantizeCache",
     "Cast",
     "Student",

@@ -13,7 +13,7 @@ from hfcompress.calibration.layer_codes import four_bit_grid
 from hfcompress.layers import KINDS, features, kind_of
 from hfcompress.layers.base import is_conv1d
 from hfcompress.layers.bitsandbytes import Linear4bit, Linear8bit, codes_fit
-from hfcompress.layers.packing import scale_dtype
+from hfcompress.layers.packing import least_code, scale_dtype
 from hfcompress.layers.quantized import QuantLinear, mismatch
 
 
@@ -108,7 +108,8 @@ class BitsAndBytes8:
 
 @dataclass(frozen=True)
 class Ours:
-    """Codes of a `QuantLinear`. Four bits about zero have sixteen values, from -8 to 7, as a scale may be negative."""
+    """Codes of a `QuantLinear`. Below eight bits, codes about zero have one value more below it than above, as -8 to 7 of four
+    bits, since a scale may be negative; one bit has -1 and 1."""
 
     bits: int
     group_size: int | None
@@ -129,21 +130,24 @@ class Ours:
         return QuantLinear.from_linear(layer, self.bits, self.group_size, self.symmetric)
 
     def grid(self, layer: nn.Module) -> Grid | None:
-        values = torch.arange(self._least, self._least + 2**self.bits - (self.symmetric and self.bits == 8)).float()
+        values = self._values.float()
         dtype = scale_dtype(self.group_size)
         size = self.group_size or features(layer)[0]
         stored = None if dtype == torch.float32 else _as_kept
         return Grid(values, size, affine=not self.symmetric, signs=self.bits < 8, stored=stored)
 
     def of_codes(self, layer: nn.Module, found: Codes) -> nn.Module:
-        codes = (found.codes.int() + self._least).unflatten(1, (found.scales.shape[1], -1))
+        codes = self._values.to(found.codes.device)[found.codes.int()].unflatten(1, (found.scales.shape[1], -1))
         return QuantLinear.from_codes(layer, codes, found.scales, found.offset, self.bits, self.group_size)
 
     @property
-    def _least(self) -> int:
-        if not self.symmetric:
-            return 0
-        return -127 if self.bits == 8 else -(2 ** (self.bits - 1))
+    def _values(self) -> Tensor:
+        """(codes,) integers, ascending."""
+        if self.symmetric and self.bits == 1:
+            return torch.tensor([-1, 1])
+        if self.symmetric and self.bits == 8:
+            return torch.arange(-127, 128)
+        return least_code(self.bits, self.symmetric) + torch.arange(2**self.bits)
 
 
 def _as_kept(scales: Tensor) -> Tensor:

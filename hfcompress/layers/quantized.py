@@ -1,4 +1,4 @@
-"""Layers of 8- or 4-bit codes of our own, right on every device, and fast where the processor multiplies bytes."""
+"""Layers of codes of our own, of 1 to 8 bits, right on every device, and fast where the processor multiplies bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfcompress.layers.dense import DenseEmbedding
 from hfcompress.layers.packing import packed, rounded, scale_dtype, unpacked, worth
 from hfcompress.layers.stored import StoredEmbedding, StoredLinear
 
-BITS = (8, 4)
+BITS = tuple(range(1, 9))
 
 
 class Codes(nn.Module, Kind):
@@ -249,6 +249,8 @@ class QuantLinear(Codes, nn.Linear):
         """Those that read such codes."""
         if self.bits == 8:
             return ("integers", "bytes") if self._has_one_scale_a_row else ()
+        if self.bits > 4:
+            return ()
         fit = (self.group_size or self.in_features) in kernels.GROUPS and self.out_features % kernels.ROWS == 0
         is_worth_it = self.keeps_unpacked or self.weight.device.type == "cpu"  # memory is short on accelerators
         return ("nibbles",) if fit and is_worth_it else ()

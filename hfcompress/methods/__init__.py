@@ -13,6 +13,7 @@ from hfcompress.methods.prune_neurons import PruneNeurons
 from hfcompress.methods.prune_vocab import PruneVocab
 from hfcompress.methods.prune_weights import PruneWeights
 from hfcompress.methods.quantize import Quantize
+from hfcompress.methods.quantize_aware import QuantizeAware
 from hfcompress.methods.quantize_cache import QuantizeCache
 from hfcompress.methods.riding import riding
 from hfcompress.methods.student import Student
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         Adapters,
         Heal,
         Quantize,
+        QuantizeAware,
         QuantizeCache,
         Cast,
         Student,

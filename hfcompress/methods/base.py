@@ -69,6 +69,8 @@ class Method(Step):
     """Whether it goes on changing the model while training lasts, so that no earlier checkpoint may replace the last one."""
     fades: ClassVar[bool] = False
     """Whether what it chose when training began is in no checkpoint, so that training can't be resumed from one."""
+    holds_layers: ClassVar[bool] = False
+    """Whether layers are others while training lasts, of the sizes that they had when it began."""
     lost_in_training: ClassVar[bool] = False
     """Whether training undoes what it did, unless it rides along."""
     rides: ClassVar[bool] = True

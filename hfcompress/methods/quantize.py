@@ -24,17 +24,18 @@ from hfcompress.surgery.modules import check_editable, swap
 from hfcompress.surgery.targets import by_pattern, codable, codable_convolutions, coded_linears, matching
 
 log = logging.getLogger("hfcompress")
+Bits = Literal[8, 7, 6, 5, 4, 3, 2, 1]
 QUANTISED = "quantize: no dense linear layer is left in the model; it is quantised already."
 NO_LINEAR = "quantize: no linear layer of the model can become codes; set convolutions or embeddings, if it has these."
 
 
 class Quantize(Method):
-    """Store linear layers, and embeddings and convolutions if asked for, as 8- or 4-bit codes; codes again in fewer bits.
+    """Store linear layers, and embeddings and convolutions if asked for, as codes of 1 to 8 bits; codes again in fewer bits.
 
     Needs: nothing for engine hfcompress, bitsandbytes for its own; nothing after it but adapters and what heal names may train;
         calibration data, if calibrate is more than scales, if smooth is asked for, or if a target decides the bits.
-    Buys: a quarter (8 bits) or an eighth (4 bits) of the float32 size of the layers; time with engine hfcompress in 8 bits,
-        where the processor multiplies bytes.
+    Buys: a quarter (8 bits), an eighth (4 bits) or less of the float32 size of the layers; time with engine hfcompress in 8
+        bits, where the processor multiplies bytes.
     Costs: half a step of rounding a weight, at most, if not calibrated; time, where unpacking outweighs the smaller reads (see
         the report).
     Paper: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314); rows of inputs rounded as they
@@ -47,7 +48,7 @@ class Quantize(Method):
     needs_dense: ClassVar[bool] = True
     tag: ClassVar[str] = "quantization"
 
-    bits: Literal[8, 4] = Field(default=8, description="Bits a weight.")
+    bits: Bits = Field(default=8, description="Bits a weight; bitsandbytes has 8 and 4, hfcompress 1 to 8.")
     engine: Literal["bitsandbytes", "hfcompress"] = Field(
         default="bitsandbytes",
         description="Whose layers: bitsandbytes' load without this package, hfcompress' are faster on CPUs.",
@@ -73,12 +74,12 @@ class Quantize(Method):
     group_size: int | None = Field(
         default=None,
         ge=2,
-        description="hfcompress: columns that share a scale; a row in 8 bits, 32 columns in 4 bits if absent.",
+        description="hfcompress: columns that share a scale; if absent a row from 5 bits on, 32 in 4 bits, 64 in fewer.",
     )
     symmetric: bool = Field(
         default=True, description="hfcompress: whether zero is a code; else each group has an offset as well."
     )
-    bits_pattern: dict[str, Literal[16, 8, 4]] = Field(
+    bits_pattern: dict[str, Literal[16] | Bits] = Field(
         default={}, description="Suffixes of module names, or regular expressions, to bits of their own; 16 leaves them dense."
     )
     target_bits: float | None = Field(
@@ -99,10 +100,10 @@ class Quantize(Method):
         ge=0,
         description="Of target_bits and target_megabytes: exchanges of bits between layers to try on the model.",
     )
-    embeddings: Literal[8, 4] | None = Field(
+    embeddings: Bits | None = Field(
         default=None, description="Bits of input and output embeddings, tied or not, in hfcompress' layers; dense if absent."
     )
-    convolutions: Literal[8, 4] | None = Field(
+    convolutions: Bits | None = Field(
         default=None, description="Bits of convolutions, in hfcompress' layers, depthwise ones excepted; dense if absent."
     )
     calibrate: Literal["scales", "diagonal", "feedback", "rounding", True, False] = Field(
@@ -131,6 +132,11 @@ class Quantize(Method):
         eight, grouped = sorted({"threshold"} & given if self.threshold else ()), sorted({"group_size", "symmetric"} & given)
         if ours and (theirs := four + eight):
             raise ValueError(f"{', '.join(theirs)} belong to engine: bitsandbytes; remove them or set engine: bitsandbytes")
+        if not ours and (lacking := sorted(self._possible_bits - {16, 8, 4})):
+            raise ValueError(
+                f"engine: bitsandbytes has no codes of {' or '.join(map(str, lacking))} bits; possible are 8 and 4; choose "
+                f"one, or set engine: hfcompress, which has 1 to 8"
+            )
         if not ours and grouped:
             raise ValueError(f"{', '.join(grouped)} belong to engine: hfcompress; remove them or set engine: hfcompress")
         if four and 4 not in self._possible_bits:
@@ -280,7 +286,7 @@ class Quantize(Method):
         return BitsAndBytes4(self.quant_type, self.use_double_quant, self.compute_dtype, self.blocksize)
 
     def _group(self, bits: int) -> int | None:
-        return self.group_size or (32 if bits == 4 else None)
+        return self.group_size or (None if bits > 4 else 32 if bits == 4 else 64)
 
     def _fitting(self, model: nn.Module, asked: dict[str, Format]) -> dict[str, Format]:
         """How each layer is stored; what bitsandbytes' kernels can't read is left alone, and a line says so."""

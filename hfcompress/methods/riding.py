@@ -78,12 +78,25 @@ def check_together(methods: Iterable[Method]) -> None:
             f"{adapter.key()}: merge: false leaves an adapter for the model as it came, and {changed} makes another of it; do "
             f"{changed} in a step before, and save its result, or set merge: true."
         )
+    _check_holders(methods)
     units, factors = (next((one.key() for one in methods if edit in one.edits), None) for edit in ("units", "factors"))
     whole = any("factors" in method.edits and getattr(method, "target_modules", None) is None for method in methods)
     if factors is not None and whole and units is not None and any(method.fades for method in methods):
         raise CompressionError(
             f"{factors}: it would factor the layers that {units} cuts when training ends; do {units} in a step before, or "
             f"{factors} in a step after, or give {factors} target_modules that lose no units."
+        )
+
+
+def _check_holders(methods: list[Method]) -> None:
+    """What makes other layers of some while training lasts can't have them cut meanwhile."""
+    holder = next((method.key() for method in methods if method.holds_layers), None)
+    shaper = next(
+        (one.key() for one in methods if one.edits - {"loss"} and one.key() != holder and not one.chooses_trained), None
+    )
+    if holder is not None and shaper is not None:
+        raise CompressionError(
+            f"{holder}: it holds the layers that {shaper} would change in the same training; do {shaper} in a step before."
         )
 
 

@@ -120,7 +120,7 @@ def test_groups_of_columns_divide_rows() -> None:
         ({"padding_mode": "reflect"}, "padding_mode = 'reflect' is not allowed"),
         ({"group_size": 7}, "group_size 7 does not divide 30 columns; the nearest that does is 6"),
         ({"group_size": -2}, "group_size = -2 is not allowed"),
-        ({"bits": 2}, "bits = 2 is not allowed"),
+        ({"bits": 9}, "bits = 9 is not allowed"),
         ({"bias": 1}, "bias = 1 is not allowed"),
         ({"transposed": True}, "'transposed' is not allowed: QuantConv has in_channels, out_channels, groups"),
     ],

@@ -34,6 +34,7 @@ from hfcompress.methods import (
     PruneVocab,
     PruneWeights,
     Quantize,
+    QuantizeAware,
     QuantizeCache,
     Student,
     riding,
@@ -93,11 +94,14 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Quantize(8, threshold=6.0),
         Quantize(4, calibrate="rounding", use_double_quant=False, samples=16),
         Quantize(8, engine="hfcompress", embeddings=8),
+        Quantize(3, engine="hfcompress", calibrate="scales", embeddings=6),
+        Quantize(1, engine="hfcompress", group_size=16, bits_pattern={r".*\.0\..*": 2}),
         Quantize(4, smooth=True, samples=8),
         Quantize(4, engine="hfcompress", calibrate=True, samples=16),
         Quantize(engine="hfcompress", target_bits=6, samples=8),
         Quantize(4, engine="hfcompress", group_size=16, symmetric=False, embeddings=4, bits_pattern={r".*\.0\..*": 8}),
     ],
+    "quantize_aware": [QuantizeAware(2), QuantizeAware(4, group_size=16, embeddings=4, warmup=0.2)],
     "quantize_cache": [QuantizeCache()],
     "cast": [Cast(), Cast("float16")],
     "student": [
@@ -371,6 +375,8 @@ OURS = [
     Quantize(8, engine="hfcompress", group_size=16, symmetric=False),
     Quantize(4, engine="hfcompress"),
     Quantize(4, engine="hfcompress", group_size=8, symmetric=False),
+    *(Quantize(bits, engine="hfcompress", group_size=16) for bits in (2, 3, 5, 6, 7)),
+    *(Quantize(bits, engine="hfcompress", group_size=16, symmetric=False) for bits in (2, 3, 5)),
 ]
 
 
