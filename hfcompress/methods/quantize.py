@@ -100,7 +100,7 @@ class Quantize(Method):
         ge=0,
         description="Of target_bits and target_megabytes: exchanges of bits between layers to try on the model.",
     )
-    embeddings: Bits | None = Field(
+    embeddings: Literal[8, 7, 6, 5, 4, 3, 2] | None = Field(
         default=None, description="Bits of input and output embeddings, tied or not, in hfcompress' layers; dense if absent."
     )
     convolutions: Bits | None = Field(
@@ -324,8 +324,8 @@ class Quantize(Method):
     def _others(self, model: nn.Module) -> dict[str, nn.Module]:
         """What takes the places of embeddings and convolutions."""
         found: dict[str, nn.Module] = {}
-        if (bits := self.embeddings) is not None:
-            found |= coded_tables(model, bits, self._group(bits), self.symmetric)
+        if self.embeddings is not None:
+            found |= coded_tables(model, self.embeddings, self._group(self.embeddings), self.symmetric)
         if (bits := self.convolutions) is not None:
             skipped = self._skipped(model, [*codable(model), *coded_linears(model)])
             found |= coded_convolutions(model, skipped, bits, self._group(bits), self.symmetric)

@@ -15,8 +15,6 @@ from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery.modules import check_editable, swap
 from hfcompress.surgery.targets import codable, codable_tables, matching
 
-BITS_FIELD = Field(default=4, ge=1, le=8, description="Bits a weight: 2 are -1, 0 and 1 times a step, 1 is -1 and 1.")
-
 
 class QuantizeAware(Method):
     """Train a model as the codes that it will be stored in: weights are rounded in every forward, and their steps learned.
@@ -35,12 +33,12 @@ class QuantizeAware(Method):
     holds_layers: ClassVar[bool] = True
     tag: ClassVar[str] = "quantization"
 
-    bits: int = BITS_FIELD
+    bits: int = Field(default=4, ge=1, le=8, description="Bits a weight: 2 are -1, 0 and 1 times a step, 1 is -1 and 1.")
     group_size: int | None = Field(
         default=None, ge=2, description="Columns that share a step; a row from 5 bits on, 64 columns in fewer, if absent."
     )
     embeddings: int | None = Field(
-        default=None, ge=1, le=8, description="Bits of input and output embeddings, tied or not; dense if absent."
+        default=None, ge=2, le=8, description="Bits of input and output embeddings, tied or not; dense if absent."
     )
     target_modules: list[str] | None = Field(default=None, description="Suffixes of module names; all linear layers if absent.")
     skip_modules: list[str] = Field(default=[], description="Suffixes of linear layers to leave alone.")

@@ -128,6 +128,14 @@ def test_all_mistakes_are_shown_at_once_with_a_did_you_mean() -> None:
             "steps.0.quantize: quant_type belong to bits: 4; remove them or set bits: 4.",
         ),
         ([{"quantize": {"bits": 9}}], "steps.0.quantize.bits = 9: input should be 8, 7, 6, 5, 4, 3, 2 or 1."),
+        (
+            [{"quantize": {"bits": 2, "engine": "hfcompress", "embeddings": 1}}],
+            "steps.0.quantize.embeddings = 1: input should be 8, 7, 6, 5, 4, 3 or 2.",
+        ),
+        (
+            [{"train": {"with": [{"quantize_aware": {"embeddings": 1}}]}}],
+            "steps.0.train.with.0.quantize_aware.embeddings = 1: input should be greater than or equal to 2.",
+        ),
         ([{"prune_heads": {"ratio": 0}}], "steps.0.prune_heads.ratio = 0: input should be greater than 0."),
         ([{"prune_heads": [0.5]}], "steps.0.prune_heads: its fields must be a mapping, as in {ratio: 0.3}, not [0.5]."),
         (
