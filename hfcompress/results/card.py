@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.writing import written
 from hfcompress.results.load_snippet import SNIPPET_END, SNIPPET_START, fenced, load_section
+from hfcompress.results.public_text import cut_paths, each_text, paths_in, without_paths
 
-ABSOLUTE = re.compile(r"/|~|file:|\\\\|[A-Za-z]:[/\\]")
-"""How a path begins that means something on one machine only."""
 TIMEOUT = 10  # seconds to wait for what a card can do without
+PICTURES = {
+    "report.png": "Score against size on disk and against latency, step by step",
+    "layers.png": "The bits stored for each weight, layer by layer",
+}
 # Where a task of ours and the Hub's pipeline differ in name; None where the Hub has several, and the task can't tell which.
 PIPELINES = {"causal-lm": "text-generation", "masked-lm": "fill-mask", "seq2seq-lm": None}
 
@@ -41,52 +42,15 @@ def card_for(path: Path, repo_id: str) -> bytes:
 
 def recipe_for_others(path: Path) -> bytes:
     """A recipe.yaml as strangers may read it: of paths on this machine only the last part, as they can't use the rest."""
-    return _without_paths(path.read_text(encoding="utf-8")).encode()
+    return without_paths(path.read_text(encoding="utf-8")).encode()
 
 
 def report_for_others(path: Path) -> bytes:
     """A report.json without the paths that its folder's recipe names."""
     recipe = path.with_name("recipe.yaml")
-    paths = _paths(recipe.read_text(encoding="utf-8")) if recipe.is_file() else set()
+    paths = paths_in(recipe.read_text(encoding="utf-8")) if recipe.is_file() else set()
     data = json.loads(path.read_text(encoding="utf-8"))
-    return (json.dumps(_each(data, lambda text: _cut(text, paths)), indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _without_paths(recipe_text: str) -> str:
-    paths = _paths(recipe_text)
-    if not paths:
-        return recipe_text
-    plain = _each(yaml.safe_load(recipe_text), lambda text: _last_part(text) if text in paths else text)
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-
-
-def _paths(recipe_text: str) -> set[str]:
-    """The absolute paths among a recipe's values. CompressionError for what is no YAML."""
-    found: set[str] = set()
-    try:
-        _each(yaml.safe_load(recipe_text), lambda text: found.add(text) if ABSOLUTE.match(text) else None)
-    except yaml.YAMLError as error:
-        raise CompressionError("recipe.yaml: it is not valid YAML; mend it, or take it out of the folder.") from error
-    return found
-
-
-def _cut(text: str, paths: set[str]) -> str:
-    for path in sorted(paths, key=len, reverse=True):
-        text = text.replace(path, _last_part(path))
-    return text
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-
-
-def _each(value: Any, change: Callable[[str], Any]) -> Any:
-    """The same plain data with every string changed."""
-    if isinstance(value, dict):
-        return {key: _each(part, change) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_each(part, change) for part in value]
-    return change(value) if isinstance(value, str) else value
+    return (json.dumps(each_text(data, lambda text: cut_paths(text, paths)), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_card(
@@ -109,40 +73,56 @@ def write_card(
     the base model's card is asked; what can't be known is left out.
     """
     folder = Path(folder)
-    # A model is written inside NAME.partial and moved when it is whole; the card names the place it will have.
-    place = re.sub(r"\.partial(/.*)?$", "", folder.as_posix())
-    name = place.rstrip("/").split("/")[-1]
-    paths = _paths(recipe_text)
+    name, loaded_as = names_of(folder)
+    paths = paths_in(recipe_text)
     data = _metadata(name, base_model, task, license, list(dict.fromkeys(tags)), report.rows[-1].score or {})
     body = [
         f"# {name}",
         _summary(base_model, report),
-        load_section(folder, name if Path(place).is_absolute() else place),
+        load_section(folder, loaded_as),
         "## What was done",
-        "\n".join(f"{number}. {_cut(row.step, paths)}" for number, row in enumerate(report.rows[1:], start=1))
+        "\n".join(f"{number}. {cut_paths(row.step, paths)}" for number, row in enumerate(report.rows[1:], start=1))
         or "Nothing yet.",
         "## Measured",
         report.to_dict().get("verdict") or "",
-        _cut(report.markdown().strip(), paths),
+        cut_paths(report.markdown().strip(), paths),
         _machine(report.to_dict().get("machine")),
+        *_pictures(folder),
         *_goal(report, goal or {}),
         "## Recipe",
         "Run it again with `hfcompress run recipe.yaml`.",
-        fenced("yaml", _without_paths(recipe_text).strip()),
+        fenced("yaml", without_paths(recipe_text).strip()),
     ]
     text = "\n\n".join(part for part in body if part)
     with written(folder / "README.md", "the model card"):
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
 
 
+def names_of(folder: Path) -> tuple[str, str]:
+    """What a saved model is called, and how code names its place: absolute ones mean something on this machine only."""
+    # A model is written inside NAME.partial and moved when it is whole; the card names the place it will have.
+    place = re.sub(r"\.partial(/.*)?$", "", folder.as_posix())
+    name = place.rstrip("/").split("/")[-1]
+    return name, name if Path(place).is_absolute() else place
+
+
+def _pictures(folder: Path) -> Iterable[str]:
+    """What was drawn of the report and of the layers, and the page that shows both."""
+    for file, told in PICTURES.items():
+        if (folder / file).is_file():
+            yield f"![{told}]({file})"
+    if (folder / "report.html").is_file():
+        yield "All of it on one page, to be opened in a browser: [report.html](report.html)."
+
+
 def _metadata(
     name: str, base_model: str, task: Any, license: str | None, tags: list[str], score: dict[str, Any]
 ) -> ModelCardData:
-    hub_base = base_model if _is_hub_id(base_model) else None
+    hub_base = base_model if is_hub_id(base_model) else None
     named = task if isinstance(task, str) else _field(task, "name")
     pipeline = PIPELINES.get(named or "", named)
     dataset, config = _dataset(_field(task, "dataset"))
-    shown = _shown(_field(task, "dataset")) or "evaluation data"
+    shown = shown_address(_field(task, "dataset")) or "evaluation data"
     fields: dict[str, Any] = {"license": license} if license else _license_of(base_model)
     if hub_base:
         fields |= {"base_model": hub_base, "base_model_relation": "quantized" if "quantization" in tags else "finetune"}
@@ -181,7 +161,7 @@ def _goal(report: Any, goal: dict[str, float | None]) -> list[str]:
 
 def _summary(base_model: str, report: Any) -> str:
     before, after = report.rows[report.reference], report.rows[-1]
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else f"`{_shown(base_model)}`"
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if is_hub_id(base_model) else f"`{shown_address(base_model)}`"
     return (
         f"{base}, compressed with `hfcompress`: {_number(after.parameters / 1e6)} M parameters, were "
         f"{_number(before.parameters / 1e6)} M; {_number(after.megabytes)} MB, were {_number(before.megabytes)} MB."
@@ -204,7 +184,8 @@ def _field(task: Any, name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether it names a repository of the Hub, and nothing that lies here."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -212,9 +193,9 @@ def _is_hub_id(name: str) -> bool:
     return not Path(name).exists()
 
 
-def _shown(address: str | None) -> str:
+def shown_address(address: str | None) -> str:
     """How a card names a model or data set: as it is, but of a path on this machine only its last part."""
-    if not address or "://" in address or _is_hub_id(address):
+    if not address or "://" in address or is_hub_id(address):
         return (address or "").split("://")[-1]
     return Path(address).name
 
@@ -225,7 +206,7 @@ def _license_of(base_model: str) -> dict[str, Any]:
         path = Path(base_model) / "README.md"
         if path.is_file():
             data: Any = ModelCard.load(path).data
-        elif _is_hub_id(base_model):
+        elif is_hub_id(base_model):
             data = HfApi().model_info(base_model, timeout=TIMEOUT).card_data
         else:
             return {}
@@ -237,7 +218,7 @@ def _license_of(base_model: str) -> dict[str, Any]:
 
 def _dataset(address: str | None) -> tuple[str | None, str | None]:
     """The Hub's id and the configuration; only the Hub can tell `glue/sst2` (both) from `stanfordnlp/sst2` (an id)."""
-    if not address or "://" in address or not _is_hub_id(address):
+    if not address or "://" in address or not is_hub_id(address):
         return None, None
     owner, _, config = address.partition("/")
     for name, rest in [(address, None), (owner, config)]:

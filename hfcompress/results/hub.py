@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from hfcompress.checkpoint.checksums import check_checksums
 from hfcompress.checkpoint.errors import CompressionError, shown, without_password
 from hfcompress.results.card import card_for, recipe_for_others, report_for_others
+from hfcompress.results.page import page_for
 from hfcompress.results.saved_files import LOCAL_ONLY, WEIGHTS, other_files, saved_files
 
 log = logging.getLogger("hfcompress")
@@ -172,6 +173,7 @@ def _uploads(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         "recipe.yaml": recipe_for_others,
         "report.json": report_for_others,
         "README.md": partial(card_for, repo_id=repo_id),
+        "report.html": partial(page_for, repo_id=repo_id),
     }
     return found | {name: told[name](folder / name) for name in told if name in found}
 

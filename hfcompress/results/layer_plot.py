@@ -13,7 +13,8 @@ from torch import nn
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.checkpoint.writing import written
-from hfcompress.layers import kind_of, stands_in
+from hfcompress.layers import holds_codes, kind_of, stands_in
+from hfcompress.layers.low_rank import LowRankEmbedding, LowRankLinear
 
 BITS = (1, 2, 4, 8, 16, 32)
 CELLS = 600
@@ -27,6 +28,13 @@ class Cell(NamedTuple):
     place: str
     bits: float
     """Stored for each weight that they compute with, scales included, biases not."""
+    weights: int = 0
+    """How many they compute with."""
+    kind: str = ""
+    """What stands in for a dense weight there: codes, factors, or both."""
+
+
+Place = tuple[int | None, str]
 
 
 def is_worth_it(model: nn.Module) -> bool:
@@ -36,7 +44,25 @@ def is_worth_it(model: nn.Module) -> bool:
 
 def cells(model: nn.Module) -> list[Cell]:
     """Every linear layer, table and convolution of a model, in its order; experts of a layer together."""
-    sums: dict[tuple[int | None, str], list[int]] = {}
+    sums: dict[Place, list[int]] = {}
+    kinds: dict[Place, set[str]] = {}
+    for place, module, size in _layers(model):
+        both = sums.setdefault(place, [0, 0])
+        both[0] += sum(tensor.numel() * tensor.element_size() for tensor in _stored(module))
+        both[1] += size
+        kinds.setdefault(place, set()).update(_stand_ins(module))
+    return [Cell(*place, 8 * stored / size, size, ", ".join(sorted(kinds[place]))) for place, (stored, size) in sums.items()]
+
+
+def widths(model: nn.Module) -> dict[Place, int]:
+    """How many weights the layers of each place compute with; nothing stored is read."""
+    found: dict[Place, int] = {}
+    for place, _, size in _layers(model):
+        found[place] = found.get(place, 0) + size
+    return found
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[Place, nn.Module, int]]:
     within: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(within) or (size := _weights(module)) is None:
@@ -44,10 +70,14 @@ def cells(model: nn.Module) -> list[Cell]:
         within = (f"{name}.",)  # factors are parts of their layer
         index = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
         place = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-        both = sums.setdefault((int(index[1]) if index else None, place), [0, 0])
-        both[0] += sum(tensor.numel() * tensor.element_size() for tensor in _stored(module))
-        both[1] += size
-    return [Cell(index, place, 8 * stored / size) for (index, place), (stored, size) in sums.items()]
+        yield (int(index[1]) if index else None, place), module, size
+
+
+def _stand_ins(module: nn.Module) -> Iterator[str]:
+    if isinstance(module, LowRankLinear | LowRankEmbedding):
+        yield "factors"
+    if any(holds_codes(part) for part in module.modules()):
+        yield "codes"
 
 
 def _weights(module: nn.Module) -> int | None:
@@ -92,7 +122,7 @@ def plot_layers(model: nn.Module, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     image = axes.imshow(grid, norm=LogNorm(BITS[0], BITS[-1]), cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(places)), [_short(place) for place in places], rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(len(places)), [short_place(place) for place in places], rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), ["–" if row is None else str(row) for row in rows], fontsize=8)
     axes.set_ylabel("layer (–: outside of the stacks)")
     bar = figure.colorbar(image, label="bits stored for each weight")
@@ -110,6 +140,6 @@ def _write_numbers(axes: Any, grid: list[list[float]]) -> None:
                 axes.text(x, y, f"{bits:.3g}", ha="center", va="center", fontsize=6, color="black" if bits > 6 else "white")
 
 
-def _short(place: str) -> str:
+def short_place(place: str) -> str:
     """The last two words of a place."""
     return ".".join([part for part in place.split(".") if part != "*"][-2:])

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, FiniteFloat, NonNegativeInt
 from torch import nn
 
 from hfcompress.checkpoint.errors import CompressionError, did_you_mean
@@ -29,6 +30,9 @@ from hfcompress.layers.kernels import slow_bfloat16
 from hfcompress.results.timing import REPETITIONS, Intervals, Latency, device_of, timed, timed_in_turns
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_int8", "amx_bf16")
+CURVE = 200
+"""At most so many points of a training's loss are kept."""
+Curve = Annotated[list[tuple[NonNegativeInt, FiniteFloat]], Field(max_length=CURVE)]
 LOW_BIT = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
 
 
@@ -67,6 +71,8 @@ class Row:
     gains: dict[str, dict[str, Any]] = field(default_factory=dict)
     """A metric to by how much it is `better` than the reference's, positive whichever way the metric runs, with the 95 %
     `interval` of a paired bootstrap over `examples`; without metrics that are no mean over examples."""
+    curve: Curve = field(default_factory=list)
+    """The loss of a training: the optimizer's step, and the mean since the point before."""
 
 
 def measure(

@@ -42,7 +42,7 @@ def plot(report: Report, path: str | Path) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     across: list[tuple[str, Callable[[Row], float | None]]] = [
         ("weights on disk, megabytes", lambda row: row.megabytes),
-        (f"latency at batch {batch[1:]}, least of several runs, milliseconds", lambda row: _pace(row, report, batch)),
+        (f"latency at batch {batch[1:]}, least of several runs, milliseconds", lambda row: pace(row, report, batch)),
     ]
     points = [_panel(axes, report, label, value) for axes, (label, value) in zip(panels, across, strict=True)]
     panels[0].set_ylabel(f"{last.headline} ({'higher' if last.higher_is_better else 'lower'} is better)")
@@ -54,7 +54,7 @@ def plot(report: Report, path: str | Path) -> None:
         figure.savefig(path, format="png")
 
 
-def _pace(row: Row, report: Report, batch: str) -> float | None:
+def pace(row: Row, report: Report, batch: str) -> float | None:
     """Milliseconds; where a row took turns with the reference, at the pace the machine had when the reference was measured."""
     reference = report.rows[report.reference]
     if batch not in row.latency_ms:
@@ -63,7 +63,7 @@ def _pace(row: Row, report: Report, batch: str) -> float | None:
     return reference.latency_ms[batch]["min"] / told.least if told else row.latency_ms[batch]["min"]
 
 
-def _is_off(report: Report, index: int) -> bool:
+def is_off(report: Report, index: int) -> bool:
     """Whether a row from before the reference, an untrained head mostly, would squeeze all others together: it is left out."""
     metric, first = report.rows[-1].headline, report.reference % len(report.rows)
     known = [score for row in report.rows[first:] if (score := row.score.get(metric)) is not None]
@@ -80,7 +80,7 @@ def _panel(axes: Any, report: Report, label: str, value: Callable[[Row], float |
     points = [
         (number, x, y)
         for number, row in enumerate(report.rows, start=1)
-        if (x := value(row)) is not None and (y := row.score.get(metric)) is not None and not _is_off(report, number - 1)
+        if (x := value(row)) is not None and (y := row.score.get(metric)) is not None and not is_off(report, number - 1)
     ]
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], color=TRAIL, linewidth=1.2, zorder=1)
     for number, x, y in points:
@@ -98,28 +98,11 @@ def _panel(axes: Any, report: Report, label: str, value: Callable[[Row], float |
 
 
 def _number(axes: Any, points: list[tuple[int, float, float]]) -> None:
-    """Write each row's number near its point, where it hides neither points nor numbers nor, if possible, the trail."""
+    """Write each row's number near its point."""
     scale = axes.figure.dpi / 72
-    dots = [axes.transData.transform((x, y)) / scale for _, x, y in points]
-    trail = [a + (b - a) * part / 30 for a, b in pairwise(dots) for part in range(31)]
-    bottom, top = (axes.bbox.y0 / scale, axes.bbox.y1 / scale)
-    taken: list[tuple[float, float]] = []
-
-    def cost(place: tuple[float, float], radius: float) -> float:
-        def crowding(others: list[Any], clearance: float) -> float:
-            return sum(max(0.0, clearance - math.dist(place, other)) for other in others)
-
-        outside = max(0.0, bottom + 7 - place[1], place[1] - top + 7)
-        return 10 * crowding(dots, 11) + 10 * crowding(taken, 14) + crowding(trail, 7) + 10 * outside + radius / 2
-
-    for (number, x, y), dot in zip(points, dots, strict=True):
-        offsets = [
-            (radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle)), radius)
-            for radius in (13, 20, 28)
-            for angle in (90, 45, 135, 0, 180, 315, 225, 270)
-        ]
-        right, up, radius = min(offsets, key=lambda o: cost((dot[0] + o[0], dot[1] + o[1]), o[2]))
-        taken.append((dot[0] + right, dot[1] + up))
+    dots = [tuple(axes.transData.transform((x, y)) / scale) for _, x, y in points]
+    places = free_places(dots, axes.bbox.y0 / scale, axes.bbox.y1 / scale)
+    for (number, x, y), (right, up) in zip(points, places, strict=True):
         axes.annotate(
             str(number),
             (x, y),
@@ -129,9 +112,40 @@ def _number(axes: Any, points: list[tuple[int, float, float]]) -> None:
             va="center",
             fontsize=10,
             fontweight="bold",
-            arrowprops={"arrowstyle": "-", "color": TRAIL, "shrinkA": 5, "shrinkB": 4} if radius > 13 else None,
+            arrowprops={"arrowstyle": "-", "color": TRAIL, "shrinkA": 5, "shrinkB": 4} if is_apart(right, up) else None,
             zorder=4,
         ).set_in_layout(False)
+
+
+def free_places(dots: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
+    """By how much a number is to stand off each dot, so that it hides neither dots nor numbers nor, if possible, the trail, and
+    stays between two heights."""
+    trail = [(a[0] + (b[0] - a[0]) * n / 30, a[1] + (b[1] - a[1]) * n / 30) for a, b in pairwise(dots) for n in range(31)]
+    taken: list[tuple[float, float]] = []
+
+    def cost(place: tuple[float, float], radius: float) -> float:
+        def crowding(others: list[tuple[float, float]], clearance: float) -> float:
+            return sum(max(0.0, clearance - math.dist(place, other)) for other in others)
+
+        outside = max(0.0, low + 7 - place[1], place[1] - high + 7)
+        return 10 * crowding(dots, 11) + 10 * crowding(taken, 14) + crowding(trail, 7) + 10 * outside + radius / 2
+
+    found = []
+    for dot in dots:
+        offsets = [
+            (radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle)), radius)
+            for radius in (13, 20, 28)
+            for angle in (90, 45, 135, 0, 180, 315, 225, 270)
+        ]
+        right, up, _ = min(offsets, key=lambda o: cost((dot[0] + o[0], dot[1] + o[1]), o[2]))
+        taken.append((dot[0] + right, dot[1] + up))
+        found.append((right, up))
+    return found
+
+
+def is_apart(right: float, up: float) -> bool:
+    """Whether a number stands so far off its dot that a line should lead to it."""
+    return math.hypot(right, up) > 13.5
 
 
 def _look(report: Report, index: int) -> dict[str, str]:
@@ -147,7 +161,7 @@ def _legend(figure: Any, report: Report) -> None:
     for index, row in enumerate(report.rows):
         step, score = shortened(row.step, 56), row.score.get(report.rows[-1].headline)
         note = " (reference)" if index == report.reference % len(report.rows) else ""
-        note += f" ({score:.3g}, off the scale)" if _is_off(report, index) else ""
+        note += f" ({score:.3g}, off the scale)" if is_off(report, index) else ""
         look: dict[str, Any] = _look(report, index)
         handles.append(Line2D([], [], linestyle="none", markersize=7, label=f"{index + 1}  {step}{note}", **look))
         for other, hollow in zip(report.baselines, BASELINES, strict=False) if note.startswith(" (reference") else ():

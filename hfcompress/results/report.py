@@ -23,7 +23,7 @@ from hfcompress.results.table import Fitted, cells_of, columns, forms
 __all__ = ["Report", "Row", "machine", "measure", "weigh"]
 
 GOALS = ("max_drop", "smaller", "faster")
-ADDED = ("uncompressed", "times_faster", "gains")
+ADDED = ("uncompressed", "times_faster", "gains", "curve")
 """Fields of a row that the first readers of format 1 would refuse: in the file they stand under `beside`."""
 
 BASELINES = ("same_dtype", "compiled")

@@ -13,7 +13,8 @@ from hfcompress.checkpoint.errors import CompressionError, shown
 NAMES = (
     "config.json generation_config.json chat_template.jinja chat_template.json tokenizer.json tokenizer_config.json "
     "special_tokens_map.json added_tokens.json preprocessor_config.json processor_config.json video_preprocessor_config.json "
-    "audio_tokenizer_config.json checksums.json README.md recipe.yaml report.json report.png layers.png inputs.json "
+    "audio_tokenizer_config.json checksums.json README.md recipe.yaml report.json report.html report.md "
+    "report.png layers.png inputs.json "
     "adapter/adapter_config.json adapter/adapter_model.safetensors adapter/README.md "
     "modules.json sentence_bert_config.json config_sentence_transformers.json"
 )

@@ -45,10 +45,10 @@ def _scores(row: Row, reference: Row, metric: str) -> str:
     told = f"{called(metric)} {as_number(then, form)} to {as_number(now, form)}"
     if metric not in row.gains:
         return told
-    return f"{told}, {_significance(row.gains[metric]['interval'], ('significantly better', 'significantly worse'))}"
+    return f"{told}, {significance(row.gains[metric]['interval'], ('significantly better', 'significantly worse'))}"
 
 
-def _significance(interval: tuple[float, float], words: tuple[str, str]) -> str:
+def significance(interval: tuple[float, float], words: tuple[str, str]) -> str:
     low, high = interval
     return words[0] if low > 0 else words[1] if high < 0 else "no significant difference"
 
@@ -80,6 +80,16 @@ def missed(part: str, of: str, wanted: float, reached: float | None) -> str:
     return f"{part}: {wanted:g} times wanted, {reached:.2f} times reached{at}."
 
 
+def judged(part: str, of: str, wanted: float, reached: float | None, met: bool) -> str:
+    """One part of a goal, met or missed."""
+    if not met or reached is None:
+        return f"missed: {missed(part, of, wanted, reached)}"
+    if part == "max_drop":
+        told = f"it dropped by {reached:.4f}" if reached > 0 else "it did not drop"
+        return f"met: {called(of)} may drop by {wanted:g}, {told}."
+    return f"met: {part}{f' at {of}' if part == 'faster' else ''}, {wanted:g} times wanted, {reached:.2f} times reached."
+
+
 def helped(row: Row) -> str:
     """Whether the teacher helped, as far as these examples can tell."""
     told = row.control or {}
@@ -106,5 +116,5 @@ def _apart(told: dict[str, Any]) -> str:
 
 def _interval(told: dict[str, Any]) -> str:
     (low, high), form = told["interval"], _form(told)
-    sure = _significance((low, high), ("significant", "significant"))
+    sure = significance((low, high), ("significant", "significant"))
     return f"(95 % {low:+{form}} to {high:+{form}} over {told['examples']} examples: {sure})"

@@ -20,8 +20,7 @@ from hfcompress.checkpoint.errors import CompressionError, explained, first_line
 from hfcompress.checkpoint.proof import prove
 from hfcompress.checkpoint.writing import write_text
 from hfcompress.results import hub
-from hfcompress.results.card import write_card
-from hfcompress.results.layer_plot import is_worth_it, plot_layers
+from hfcompress.results.layer_plot import Place, cells, is_worth_it, plot_layers, widths
 from hfcompress.results.plot import plot
 from hfcompress.results.report import Report
 from hfcompress.results.saved_files import missing_files
@@ -52,6 +51,7 @@ from hfcompress.run.record import (
     wants_original,
 )
 from hfcompress.run.train import Train, transformers_set_seed
+from hfcompress.run.write_up import write_up
 from hfcompress.tasks import Task
 
 log = logging.getLogger("hfcompress")
@@ -92,7 +92,7 @@ def compress(
             if state.is_main_process:
                 clear_leftovers(out, (out / "recipe.yaml").read_text(encoding="utf-8"))
                 if changed:
-                    _write_up(recipe, finished, out)
+                    write_up(recipe, finished, out)
                 _push(recipe, finished, out, push_anyway, tell, again=True)
             return finished
         check_free(out, overwrite)
@@ -116,7 +116,7 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
             f"distill: the original, {recipe.model}, has no head for this task yet, and a random one teaches noise; "
             f"put a train step first, or name a fine-tuned teacher."
         )
-    model, report, done = _begin(recipe, task, work, overwrite, now, tell)
+    model, report, before, done = _begin(recipe, task, work, overwrite, now, tell)
     with state.main_process_first():  # the others read what it keeps
         task.write_own(work)
     report.goal = recipe.goal_parts
@@ -131,10 +131,21 @@ def _compress(recipe: Recipe, out: Path, overwrite: bool, now: dict[str, str], t
             started += sum(other["seconds"] for other in others.values())
             doing.run(model, task)
         model.eval()
-        record(recipe, task, model, report, step.label, number, work, time.monotonic() - started, others)
+        record(
+            recipe,
+            task,
+            model,
+            report,
+            step.label,
+            number,
+            work,
+            time.monotonic() - started,
+            others,
+            getattr(doing, "curve", None),
+        )
     tell(SAVING)
     if state.is_main_process:
-        _finish(recipe, task, model, report, out)
+        _finish(recipe, task, model, report, out, before)
     state.wait_for_everyone()
     return report
 
@@ -196,8 +207,11 @@ def _asked_anew(out: Path, recipe: Recipe) -> list[str]:
     return [key for key in AFTERWARDS if theirs.get(key) != mine.get(key)]
 
 
-def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[str, str], tell: Tell) -> tuple[Any, Report, int]:
-    """The model as it came and its row; or, after a crash, the model and the rows as they stood; and the steps done."""
+def _begin(
+    recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[str, str], tell: Tell
+) -> tuple[Any, Report, dict[Place, int], int]:
+    """The model as it came and its row; or, after a crash, the model and the rows as they stood; the widths of the original's
+    layers; and the steps done."""
     state = processes()
     report = Report(reference=recipe.reference) if overwrite else _unfinished(recipe, work, now)
     done = max(0, len(report.rows) - 1)
@@ -208,16 +222,17 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
         if state.is_main_process:  # later steps may have been mended
             write_text(work / "recipe.yaml", recipe.to_yaml(), "the recipe")
         with _going_on(work):
-            model = artifact.load(task, work / f"step-{done}")
+            model = first = artifact.load(task, work / f"step-{done}")
             if done >= recipe.reference:
-                first = model if done == recipe.reference else reference_model(recipe, task, work)
+                if done > recipe.reference:
+                    first = reference_model(recipe, task, work)
                 first.to(state.device)
                 if state.is_main_process:
                     task.remember(first)
                     add_same_dtype(recipe, task, first, report, work)
                 _keep_teacher(recipe, task, first)
             _restore_tokens(task, work / f"step-{done}")
-        return model.to(state.device), report, done
+        return model.to(state.device), report, widths(first), done
     if state.is_main_process:
         _clear(recipe, work, now)
     report = Report(reference=recipe.reference)
@@ -226,7 +241,7 @@ def _begin(recipe: Recipe, task: Task, work: Path, overwrite: bool, now: dict[st
     model = artifact.load(task, recipe.model).to(state.device)
     check_no_adapter(recipe, model)
     record(recipe, task, model, report, "as it came", 0, work, 0.0)
-    return model, report, 0
+    return model, report, widths(model), 0
 
 
 def _clear(recipe: Recipe, work: Path, now: dict[str, str]) -> None:
@@ -283,8 +298,8 @@ def _keep_teacher(recipe: Recipe, task: Task, model: Any) -> None:
         task.keep_original(model)
 
 
-def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -> None:
-    """Build the folder whole beside its place, prove it, and only then put it there."""
+def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path, before: dict[Place, int] | None = None) -> None:
+    """Build the folder whole beside its place, prove it, and only then put it there. `before`: the original's `widths`."""
     work = partial(out)
     whole = work / "artifact"
     shutil.rmtree(whole, ignore_errors=True)
@@ -305,23 +320,8 @@ def _finish(recipe: Recipe, task: Task, model: Any, report: Report, out: Path) -
             plot_layers(model, whole / "layers.png")
     else:
         log.info("no report.png, for want of matplotlib: pip install matplotlib")
-    _write_up(recipe, report, whole)
+    write_up(recipe, report, whole, cells(model), before)
     put_in_place(whole, out)
-
-
-def _write_up(recipe: Recipe, report: Report, folder: Path) -> None:
-    """What a folder says of itself; the recipe last, so that it is not taken for done before it is."""
-    report.save(folder / "report.json")
-    write_card(
-        folder,
-        base_model=recipe.model,
-        report=report,
-        recipe_text=recipe.to_yaml(),
-        task=recipe.task,
-        tags=[method.tag for method in recipe.methods if method.tag],
-        goal=recipe.goal_parts,
-    )
-    write_text(folder / "recipe.yaml", recipe.to_yaml(), "the recipe")
 
 
 def _push(recipe: Recipe, report: Report, out: Path, anyway: bool, tell: Tell, again: bool = False) -> None:

@@ -20,7 +20,7 @@ from hfcompress.checkpoint import artifact
 from hfcompress.checkpoint.errors import CompressionError, first_line
 from hfcompress.export import Format
 from hfcompress.export.served import Served
-from hfcompress.results.measure import fast_dtype, has_codes, measure, settings_of
+from hfcompress.results.measure import Curve, fast_dtype, has_codes, measure, settings_of
 from hfcompress.results.report import Report
 from hfcompress.results.timing import device_of, room_for
 from hfcompress.run.recipe import Recipe
@@ -62,6 +62,7 @@ def record(
     work: Path,
     seconds: float,
     others: Mapping[str, dict[str, Any]] | None = None,
+    curve: Curve | None = None,
 ) -> None:
     """Measure a row and leave a snapshot to go on from. `others`: see `controls`."""
     state = processes()
@@ -81,7 +82,7 @@ def record(
         row = measure(model, task, step, seconds=seconds, score=score, beside=beside)
         gains = _gains(task, row.score, columns) if number > recipe.reference else {}
         told: dict[str, Any] = {name: _told(task, columns, other) for name, other in (others or {}).items()}
-        report.add(replace(row, gains=gains, notes=(*row.notes, *notes), **told))
+        report.add(replace(row, gains=gains, notes=(*row.notes, *notes), curve=curve or [], **told))
         del beside
         if number:
             artifact.save(model, task.processor if task.is_adopted else None, work / f"step-{number}", packed=False)
@@ -99,7 +100,8 @@ def record_storage(recipe: Recipe, report: Report, folder: Path) -> None:
     if recipe.storage is not None:
         size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
         name, last = f"storage {recipe.storage}", report.rows[-1]
-        report.add(replace(last, step=name, megabytes=size / 1e6, seconds=None, notes=(), control=None, uncompressed=None))
+        alone: dict[str, Any] = {"seconds": None, "notes": (), "control": None, "uncompressed": None, "curve": []}
+        report.add(replace(last, step=name, megabytes=size / 1e6, **alone))
 
 
 def record_export(recipe: Recipe, task: Task, folder: Path, chosen: Format, report: Report, work: Path) -> None:

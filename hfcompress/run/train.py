@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import typing
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, TypeAdapter, ValidationError, model_validator
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
@@ -21,6 +22,7 @@ from hfcompress.checkpoint.errors import CompressionError, did_you_mean, shown
 from hfcompress.methods import Distill
 from hfcompress.methods.base import Method, Step
 from hfcompress.methods.riding import riding
+from hfcompress.results.measure import CURVE, Curve
 from hfcompress.run.callback import Ticking, check_riders, shards
 from hfcompress.run.training_values import value_mistake
 from hfcompress.surgery.modules import in_float32
@@ -50,6 +52,8 @@ class Train(Step):
     riders: tuple[SerializeAsAny[InstanceOf[Method]], ...] = Field(
         default=(), alias="with", description="Methods applied around this training, in this order."
     )
+
+    _curve: Curve = PrivateAttr(default_factory=list)
 
     if TYPE_CHECKING:  # or a type checker would allow the two fields alone
 
@@ -90,8 +94,13 @@ class Train(Step):
         return None if len(rest) == len(self.riders) else self.model_copy(update={"riders": rest})
 
     def seeded(self, seed: int) -> Train:
-        """With this seed, unless it has one of its own."""
-        return self if "seed" in (self.model_extra or {}) else self.model_copy(update={"seed": seed})
+        """A copy with this seed, unless it has one of its own."""
+        return self.model_copy(update={} if "seed" in (self.model_extra or {}) else {"seed": seed})
+
+    @property
+    def curve(self) -> Curve:
+        """The losses of its last run, see `Row`."""
+        return self._curve
 
     def check_here(self) -> None:
         """Build what training builds without a model, so that what this machine can't do is found before anything runs.
@@ -138,6 +147,7 @@ class Train(Step):
                 with _codes_admitted(model, riders):
                     trainer = _trainer(model, arguments, task, tick)
                 trainer.train()
+                self._curve = thinned(trainer.state.log_history)
                 # accelerate wrapped forward in autocast and would leave it there: later steps would measure another model.
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
                 # Nor would it put autocast there again in a later step, for a model that it takes for prepared.
@@ -226,6 +236,15 @@ def _returning_attentions(model: Any, riders: Iterable[Method]) -> Iterator[None
         yield
     finally:
         model.set_attn_implementation(used)
+
+
+def thinned(history: list[dict[str, Any]]) -> Curve:
+    """The losses that a Trainer logged, as `Row` keeps them: of many, neighbours are averaged; without those that are no
+    numbers."""
+    found = [(int(one["step"]), float(one["loss"])) for one in history if "loss" in one and math.isfinite(float(one["loss"]))]
+    width = -(-len(found) // CURVE) or 1
+    parts = [found[start : start + width] for start in range(0, len(found), width)]
+    return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
 
 
 def transformers_set_seed(seed: int) -> None:

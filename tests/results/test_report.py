@@ -707,12 +707,12 @@ def test_plot_numbers_keep_apart() -> None:
 def test_the_scale_of_a_plot_is_that_of_what_was_compressed() -> None:
     from matplotlib.figure import Figure
 
-    from hfcompress.results.plot import _legend, _pace, _panel
+    from hfcompress.results.plot import _legend, _panel, pace
 
     report = full()
     figure = Figure()
     axes = figure.subplots()
-    points = _panel(axes, report, "ms", lambda one: _pace(one, report, "b8"))
+    points = _panel(axes, report, "ms", lambda one: pace(one, report, "b8"))
     assert [number for number, _, _ in points] == [2, 3, 4, 5], "an untrained head at 0.312 is left out"
     low, high = axes.get_ylim()
     assert 0.95 < low < 0.958 and 0.972 < high < 0.98
