@@ -25,13 +25,14 @@ from hfcompress.results.page_style import STYLE
 from hfcompress.results.plot import is_off
 from hfcompress.results.public_text import cut_paths, paths_in, without_paths
 from hfcompress.results.ratios import called, difference, half_interval, speed
-from hfcompress.results.sentences import dtypes_part, judged, significance
+from hfcompress.results.sentences import dtype_ratios, judged, significance
 from hfcompress.results.table import UNKNOWN, as_number, as_times, columns, score_form, shortened
 
 if TYPE_CHECKING:
     from hfcompress.results.report import Report
 
 PAGE, SHORT = "report.html", "report.md"
+LONG = 130  # characters of a verdict that is shown less large
 LAYERS_START, LAYERS_END = "<!-- hfcompress: layers -->", "<!-- hfcompress: end of layers -->"
 
 
@@ -57,8 +58,8 @@ def write_page(
         _head(name, base_model, told),
         _table(told),
         _frontier(told),
-        _curves(told.rows),
         _layers(folder / PAGE, cells, before),
+        _curves(told.rows),
         _section(
             "Recipe", element("p", "Run it again with ", element("code", "hfcompress run recipe.yaml"), "."), _code(recipe)
         ),
@@ -103,26 +104,27 @@ def _for_others(report: Report, paths: set[str]) -> Report:
 
 
 def _head(name: str, base_model: str, report: Report) -> Markup:
-    shown = shown_address(base_model)
+    shown, verdict = shown_address(base_model), report.verdict()
     base: object = shown
     if is_hub_id(base_model):
         base = element("a", shown, href=f"https://huggingface.co/{base_model}", rel="noreferrer")
     goal = [
-        element("li", element("b", "✓" if one["met"] else "✗", aria_hidden="true"), judged(**one), class_=_met(one))
+        element("li", _tick(one["met"]), judged(**one), class_="met" if one["met"] else "missed")
         for one in report.judge(report.goal)
     ]
     return element(
         "header",
         element("h1", name),
-        element("p", report.verdict(), class_="verdict"),
+        element("p", verdict, class_="verdict" if len(verdict) <= LONG else "verdict long"),
         element("p", "Made of ", base, " by hfcompress.", class_="from"),
         element("ul", *goal, class_="goal", aria_label="the goal") if goal else None,
         element("dl", *_tiles(report), class_="tiles"),
     )
 
 
-def _met(one: Mapping[str, Any]) -> str:
-    return "met" if one["met"] else "missed"
+def _tick(is_met: bool) -> Markup:
+    line = "M3 9l4 4 7-9" if is_met else "M4 4l9 9m0-9l-9 9"
+    return element("svg", element("path", d=line), viewBox="0 0 17 17", width=17, height=17, aria_hidden="true")
 
 
 def _tiles(report: Report) -> Iterator[Markup]:
@@ -138,9 +140,9 @@ def _tiles(report: Report) -> Iterator[Markup]:
     yield _score_tile(last, first)
     if report.same_dtype is not None and is_changed:
         other = report.same_dtype
-        alone = as_times(first.megabytes / other.megabytes)
-        told = dtypes_part(first, last, other)
-        yield _tile(f"From {other.settings.get('dtype', UNKNOWN)} alone", f"{alone} smaller", told)
+        (smaller, *more), by_steps = dtype_ratios(first, last, other)
+        told = f"{', '.join(more)}; the steps: {', '.join(by_steps)}" if more else f"the steps: {', '.join(by_steps)}"
+        yield _tile(f"From {other.settings.get('dtype', UNKNOWN)} alone", smaller, told)
 
 
 def _tile(name: str, value: str, more: str) -> Markup:
@@ -160,7 +162,7 @@ def _speed_tile(last: Row, first: Row, batch: str) -> Markup:
     then = (last.reference_ms or {}).get(batch)
     told = [least, *([f"was {then['min']:.1f} ms"] if then else [])]
     if found.low is not None and found.high is not None:
-        told.append(f"95 % {as_times(found.low)} to {as_times(found.high)}")
+        told.append(f"95\u00a0% {as_times(found.low)} to {as_times(found.high)}")
     if found.is_significant is False:
         return _tile(name, as_times(found.least), ", ".join([*told, "no significant difference"]))
     ratio, word = (found.least, "faster") if found.least >= 1 else (1 / found.least, "slower")
@@ -176,7 +178,7 @@ def _score_tile(last: Row, first: Row) -> Markup:
         told.append(f"was {as_number(first.score.get(metric), form)}")
         told.append(f"{apart:+{form}}" + ("" if half is None else f" ±{half:{form}}"))
     if (spread := interval(last, first)) is not None and last is not first:
-        told.append(f"95 % {spread[0]:{form}} to {spread[1]:{form}}")
+        told.append(f"95\u00a0% {spread[0]:{form}} to {spread[1]:{form}}")
         told.append(significance(last.gains[metric]["interval"], ("significantly better", "significantly worse")))
     if now is None:
         told.append("not known")

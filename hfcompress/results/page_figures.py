@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 440.0, 320.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 18.0, 36.0, 48.0
-WIDE = 10.0
-"""Scores that are so many times apart, such as perplexities, are drawn on a scale of logarithms."""
+WIDE, VERY_WIDE = 10.0, 1000.0
+"""Scores (perplexities) and losses that are so many times apart are drawn on a scale of logarithms."""
 
 
 class Scale(NamedTuple):
@@ -44,11 +44,22 @@ class Scale(NamedTuple):
             found = [digit * 10.0**power for power in whole for digit in (1, 2, 5)]
             found = [one for one in found if self.low <= one <= self.high]
             return found[:: -(-len(found) // 7) or 1]
-        rough = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+        step = self._step()
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
+
+    def _step(self) -> float:
+        rough = (self.high - self.low) / 7
+        power = 10.0 ** math.floor(math.log10(rough))
+        return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+
+    def named(self, tick: float) -> str:
+        """A tick as it is written: all of an axis with the same digits after the point."""
+        if abs(tick) >= 1e7 or (self.is_log and tick < 1e-3):
+            return f"{tick:.4g}"
+        if self.is_log:
+            return f"{tick:,.7g}"
+        return f"{tick:,.{max(0, -math.floor(math.log10(self._step()) + 1e-9))}f}"
 
 
 class Point(NamedTuple):
@@ -60,10 +71,10 @@ class Point(NamedTuple):
     y: float
 
 
-def scale_of(values: list[float], start: float, end: float) -> Scale:
+def scale_of(values: list[float], start: float, end: float, wide: float = WIDE) -> Scale:
     """A scale with some room beyond the values; of logarithms where these are far apart."""
     low, high = min(values), max(values)
-    if low > 0 and high / low > WIDE:
+    if low > 0 and high / low > wide:
         room = (high / low) ** 0.1
         return Scale(low / room, high * room, start, end, is_log=True)
     room = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
@@ -100,7 +111,9 @@ def scatter(report: Report, batch: str | None) -> Markup:
         element("polyline", points=_points(dots), class_="trail"),
         *(_error_bar(over(one.x), up(low), up(high)) for one, (low, high) in bars),
         *(_mark(over(one.x), up(one.y), mark, _told(one, batch)) for one, mark in zip(every, marks, strict=True)),
-        *_numbers([one.number for one in numbered], dots),
+        *_numbers(
+            [one.number for one in numbered], dots, [(over(one.x), up(end)) for one, ends in bars for end in _along(*ends)]
+        ),
     )
 
 
@@ -148,7 +161,7 @@ def _mark(x: float, y: float, mark: str, told: str | None = None) -> Markup:
         "last": [(0, -7.5), (7, 5), (-7, 5)],
         "compiled": [(-5, -5), (5, -5), (5, 5), (-5, 5)],
     }
-    shape = shapes.get(mark, [(0, -7), (7, 0), (0, 7), (-7, 0)])
+    shape = shapes.get(mark, [(0, -8), (8, 0), (0, 8), (-8, 0)])  # so large that a step at the same place hides no corner
     return element("polygon", name, points=_points([(x + a, y + b) for a, b in shape]), class_=look)
 
 
@@ -163,8 +176,12 @@ def _error_bar(x: float, low: float, high: float) -> Markup:
     return element("path", d=f"M{x - 3:.1f} {low:.1f}h6m-3 0V{high:.1f}m-3 0h6", class_="spread")
 
 
-def _numbers(numbers: list[int | None], dots: list[tuple[float, float]]) -> Iterator[Markup]:
-    places = free_places(dots, TOP, HEIGHT - BOTTOM)
+def _along(low: float, high: float) -> list[float]:
+    return [low + (high - low) * part / 20 for part in range(21)]
+
+
+def _numbers(numbers: list[int | None], dots: list[tuple[float, float]], bars: list[tuple[float, float]]) -> Iterator[Markup]:
+    places = free_places(dots, TOP, HEIGHT - BOTTOM, bars)
     for number, (x, y), (right, down) in zip(numbers, dots, places, strict=True):
         if is_apart(right, down):
             yield element(
@@ -176,7 +193,7 @@ def _numbers(numbers: list[int | None], dots: list[tuple[float, float]]) -> Iter
 def curve(row: Row) -> Markup:
     """The loss of a training against the optimizer's steps."""
     over = Scale(0.0, float(max(step for step, _ in row.curve)) or 1.0, LEFT, WIDTH - RIGHT)
-    up = scale_of([loss for _, loss in row.curve], HEIGHT - BOTTOM, TOP)
+    up = scale_of([loss for _, loss in row.curve], HEIGHT - BOTTOM, TOP, VERY_WIDE)
     dots = [(over(step), up(loss)) for step, loss in row.curve]
     return _svg(
         f"loss of {shortened(row.step, 80)}: {row.curve[0][1]:.4g} to {row.curve[-1][1]:.4g} in {row.curve[-1][0]} steps",
@@ -198,8 +215,8 @@ def _points(dots: list[tuple[float, float]]) -> str:
 
 def _axes(over: Scale, up: Scale, x_label: str, y_label: str) -> Markup:
     lines = [element("path", d=f"M{LEFT:.0f} {up(y):.1f}H{WIDTH - RIGHT:.0f}", class_="grid") for y in up.ticks()]
-    lines += [element("text", f"{y:.6g}", x=LEFT - 8, y=up(y) + 4, class_="tick y") for y in up.ticks()]
-    lines += [element("text", f"{x:.6g}", x=over(x), y=HEIGHT - BOTTOM + 18, class_="tick") for x in over.ticks()]
+    lines += [element("text", up.named(y), x=LEFT - 8, y=up(y) + 4, class_="tick y") for y in up.ticks()]
+    lines += [element("text", over.named(x), x=over(x), y=HEIGHT - BOTTOM + 18, class_="tick") for x in over.ticks()]
     bottom = element("path", d=f"M{LEFT:.0f} {HEIGHT - BOTTOM:.0f}H{WIDTH - RIGHT:.0f}", class_="axis")
     names = [
         element("text", shortened(y_label, 60), x=0, y=14, class_="label"),

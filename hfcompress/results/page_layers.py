@@ -68,7 +68,9 @@ def layer_picture(cells: Sequence[Cell], before: Mapping[Place, int] | None = No
         class_="layers",
     )
     notes = [*_notes(len(inside), together, len(every)), *_depth(inside, before or {})]
-    return joined(element("div", svg, class_="scroll", tabindex=0), _key(lefts), element("p", " ".join(notes), class_="note"))
+    return joined(
+        element("div", svg, class_="scroll", tabindex=0), _key(cells, lefts), element("p", " ".join(notes), class_="note")
+    )
 
 
 def _notes(layers: int, together: int, places: int) -> Iterator[str]:
@@ -121,7 +123,7 @@ def _cell(x: float, y: float, one: Drawn) -> Markup:
     parts = [
         element("title", told),
         element("rect", x=x, y=y, width=full, height=DOWN, fill=f"#{colour}"),
-        element("text", f"{one.bits:.3g}", x=x + full / 2, y=y + 15, fill=ink_on(colour)),
+        element("text", f"{one.bits:.3g}", x=x + full / 2, y=y + 15, style=f"fill:{ink_on(colour)}"),
     ]
     if "factors" in one.kind:
         parts.append(element("path", d=f"M{x + full:.1f} {y:.1f}v8l-8 -8z", fill=ink_on(colour)))
@@ -131,13 +133,15 @@ def _cell(x: float, y: float, one: Drawn) -> Markup:
     return element("g", *parts, class_="cell")
 
 
-def _key(lefts: Mapping[Place, float]) -> Markup:
+def _key(cells: Sequence[Cell], lefts: Mapping[Place, float]) -> Markup:
     """How to read it."""
     colours = [
         element("span", f"{bits}", class_="bits", style=f"background:#{colour_of(bits)};color:{ink_on(colour_of(bits))}")
         for bits in BITS
     ]
-    told = ["Colour and number: bits stored for each weight. A corner: factors stand there."]
+    told = ["Colour and number: bits stored for each weight."]
+    if any("factors" in cell.kind for cell in cells):
+        told.append("A corner: two factors stand for the matrix.")
     if any(left < 0.995 for left in lefts.values()):
         told.append("The bar below: how many of the original's weights are left.")
     return element("p", *colours, escaped(" " + " ".join(told)), class_="note")

@@ -17,7 +17,7 @@ STYLE = f"""
 html {{ -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }}
 body {{ margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif; }}
-main {{ max-width: 1080px; margin: 0 auto; padding: 48px 24px 72px; }}
+main {{ max-width: 1140px; margin: 0 auto; padding: 48px 24px 72px; }}
 h1 {{ font-size: 1.05rem; font-weight: 600; color: var(--soft); margin: 0; line-height: 1.4; }}
 h2 {{ font-size: 1.25rem; font-weight: 650; letter-spacing: -0.01em; margin: 64px 0 16px; line-height: 1.3; }}
 h3 {{ font-size: 0.95rem; font-weight: 600; margin: 0 0 8px; }}
@@ -25,14 +25,16 @@ p {{ margin: 0 0 12px; max-width: 75ch; }}
 a {{ color: var(--link); }}
 .verdict {{ font-size: clamp(1.35rem, 0.9rem + 1.6vw, 2rem); line-height: 1.3; font-weight: 650; letter-spacing: -0.015em;
   margin: 10px 0 12px; max-width: 34em; }}
+.verdict.long {{ font-size: clamp(1.2rem, 0.9rem + 1vw, 1.5rem); max-width: 46em; }}
 .note, .from {{ color: var(--soft); font-size: 0.875rem; }}
-.note {{ margin-top: 12px; }}
+.note {{ margin-top: 12px; max-width: 95ch; }}
+.legend .note {{ margin: 0; }}
 ul, ol {{ list-style: none; margin: 0; padding: 0; }}
 .goal {{ margin: 20px 0 0; }}
-.goal li {{ padding: 3px 0 3px 1.6em; text-indent: -1.6em; }}
-.goal b {{ display: inline-block; width: 1.6em; text-indent: 0; }}
-.met b {{ color: var(--good); }}
-.missed b {{ color: var(--bad); }}
+.goal li {{ position: relative; padding: 2px 0 2px 28px; }}
+.goal svg {{ position: absolute; left: 0; top: 7px; fill: none; stroke: var(--good); stroke-width: 2.5;
+  stroke-linecap: round; }}
+.goal .missed svg {{ stroke: var(--bad); }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 215px), 1fr)); gap: 16px; margin: 36px 0 0; }}
 .tile {{ background: var(--raised); border-radius: 10px; padding: 18px 20px; }}
 .tile dt {{ color: var(--soft); font-size: 0.875rem; }}
@@ -42,12 +44,15 @@ ul, ol {{ list-style: none; margin: 0; padding: 0; }}
 .tile .more {{ color: var(--soft); font-size: 0.875rem; line-height: 1.45; }}
 .scroll {{ overflow-x: auto; }}
 .scroll:focus-visible {{ outline: 2px solid var(--link); outline-offset: 4px; }}
-table {{ border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; width: 100%; }}
-th, td {{ padding: 9px 14px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); font-weight: 400; }}
+table {{ border-collapse: collapse; font-size: 0.84rem; overflow-wrap: normal; width: 100%;
+  font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 9px 10px; text-align: right; vertical-align: top; white-space: nowrap; font-weight: 400;
+  border-bottom: 1px solid var(--line); }}
 thead th {{ color: var(--soft); border-bottom: 1px solid var(--trail); }}
-th:first-child {{ text-align: left; padding-left: 10px; white-space: normal; min-width: 11em; max-width: 20em; }}
+th:first-child {{ text-align: left; padding-left: 10px; white-space: normal; min-width: 10.5em; max-width: 20em;
+  overflow-wrap: anywhere; }}
 tbody tr.result > * {{ background: var(--row); font-weight: 600; }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 32px; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 32px; }}
 .pair > * {{ min-width: 0; margin: 0; }}
 svg.figure {{ display: block; width: 100%; height: auto; max-width: 620px; }}
 svg text {{ font-family: inherit; font-size: 12px; fill: var(--soft); }}
@@ -56,7 +61,7 @@ svg .y {{ text-anchor: end; }}
 svg .place {{ text-anchor: start; }}
 svg .number {{ fill: var(--ink); font-weight: 650; }}
 svg .label {{ fill: var(--ink); }}
-svg .cell text {{ font-size: 11px; fill: currentColor; }}
+svg .cell text {{ font-size: 11px; }}
 svg .grid {{ stroke: var(--line); fill: none; }}
 svg .axis {{ stroke: var(--trail); fill: none; }}
 svg .trail {{ stroke: var(--trail); fill: none; stroke-width: 1.2; }}
@@ -94,7 +99,10 @@ footer {{ margin-top: 64px; color: var(--soft); font-size: 0.875rem; }}
   h2 {{ margin-top: 28px; break-after: avoid; }}
   .scroll, pre {{ overflow: visible; }}
   pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); }}
-  .tile {{ border: 1px solid var(--line); }}
+  .tile {{ border: 1px solid var(--line); padding: 10px 12px; }}
+  .tiles {{ grid-template-columns: repeat(4, 1fr); gap: 10px; }}
+  .tile .value {{ font-size: 1.4rem; }}
+  .pair {{ grid-template-columns: 1fr 1fr; }}
   table {{ font-size: 7.5pt; }}
   th, td {{ white-space: normal; padding: 4px 5px; }}
   th:first-child {{ min-width: 0; }}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,10 +117,13 @@ def _number(axes: Any, points: list[tuple[int, float, float]]) -> None:
         ).set_in_layout(False)
 
 
-def free_places(dots: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
-    """By how much a number is to stand off each dot, so that it hides neither dots nor numbers nor, if possible, the trail, and
-    stays between two heights."""
+def free_places(
+    dots: list[tuple[float, float]], low: float, high: float, others: Iterable[tuple[float, float]] = ()
+) -> list[tuple[float, float]]:
+    """By how much a number is to stand off each dot, so that it hides neither dots nor numbers nor, if possible, the trail or
+    the other points, and stays between two heights."""
     trail = [(a[0] + (b[0] - a[0]) * n / 30, a[1] + (b[1] - a[1]) * n / 30) for a, b in pairwise(dots) for n in range(31)]
+    trail += others
     taken: list[tuple[float, float]] = []
 
     def cost(place: tuple[float, float], radius: float) -> float:

@@ -59,6 +59,12 @@ def _dtype(row: Row) -> str:
 
 def dtypes_part(reference: Row, last: Row, same_dtype: Row) -> str:
     """What of the ratios came from the dtype, and what from compression."""
+    by_dtype, by_steps = (", ".join(told) for told in dtype_ratios(reference, last, same_dtype))
+    return f"By {_dtype(same_dtype)} alone: {by_dtype}. By compression: {by_steps}."
+
+
+def dtype_ratios(reference: Row, last: Row, same_dtype: Row) -> tuple[list[str], list[str]]:
+    """The ratios that the dtype alone has, and those that the steps add."""
     alone, whole = speed(same_dtype, reference), speed(last, reference)
     by_dtype = [f"{as_times(reference.megabytes / same_dtype.megabytes)} smaller"]
     by_steps = [f"{as_times(same_dtype.megabytes / last.megabytes)} smaller"]
@@ -66,7 +72,7 @@ def dtypes_part(reference: Row, last: Row, same_dtype: Row) -> str:
         if batch in alone:
             by_dtype.append(f"{as_times(alone[batch].least)} faster at batch {batch[1:]}")
             by_steps.append(f"{as_times(whole[batch].least / alone[batch].least)} faster at batch {batch[1:]}")
-    return f"By {_dtype(same_dtype)} alone: {', '.join(by_dtype)}. By compression: {', '.join(by_steps)}."
+    return by_dtype, by_steps
 
 
 def missed(part: str, of: str, wanted: float, reached: float | None) -> str:

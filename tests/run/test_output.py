@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -424,6 +425,8 @@ def test_a_finished_run_is_judged_and_pushed_anew_without_computing(
     out = place / "out"
     compress(recipe(place, goal={"smaller": 3}), out)
     before = {name: (out / name).read_bytes() for name in ("model.safetensors", "report.png")}
+    mark = "<!-- hfcompress: layers -->.*<!-- hfcompress: end of layers -->"
+    layers = re.findall(mark, (out / "report.html").read_text(), re.S)
     monkeypatch.setattr(loop, "_compress", lambda *_: pytest.fail("it was computed again"))
     chosen, lines = recipe(place, goal={"smaller": 0.5}, push_to="me/small", output_dir=str(out)), []
     report = compress(chosen, out, tell=lines.append)
@@ -438,6 +441,10 @@ def test_a_finished_run_is_judged_and_pushed_anew_without_computing(
     assert (out / "recipe.yaml").read_text() == chosen.to_yaml()
     card = (out / "README.md").read_text()
     assert "## Goal\n\n- smaller 0.5: met" in card and "missed" not in card
+    page = (out / "report.html").read_text()
+    assert "met: smaller, 0.5 times wanted" in page and "missed" not in page.partition("<main>")[2]
+    assert layers and layers == re.findall(mark, page, re.S)
+    assert str(place) not in hub.files("me/small")["report.html"].decode()
     assert loop.Report.load(out / "report.json").goal == chosen.goal_parts
     compress(chosen, out, tell=lines.append)
     assert lines[3:] == [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_the_artifact_is_whole(done: Path) -> None:
         "tokenizer.json",
         "recipe.yaml",
         "report.json",
+        "report.html",
+        "report.md",
         "report.png",
         "layers.png",
         "README.md",
@@ -129,6 +132,14 @@ def test_the_report_says_what_happened(done: Path) -> None:
     assert len(told["rows"]) > 1 and all(
         f"{row['score']['accuracy']:.4f}" in (done / "README.md").read_text() for row in told["rows"]
     )
+
+
+def test_the_page_shows_what_happened(done: Path, place: Path) -> None:
+    told, page = Report.load(done / "report.json"), (done / "report.html").read_text()
+    assert [len(row.curve) > 1 for row in told.rows] == [False, True, False, True, False]
+    assert all(step < after for row in told.rows for (step, _), (after, _) in pairwise(row.curve))
+    assert page.count('class="loss"') == 2 and told.verdict() in page and "50 % of its weights left, codes" in page
+    assert str(place) not in page + (done / "report.md").read_text() and "bert" in page
 
 
 FRESH = """
