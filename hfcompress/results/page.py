@@ -19,7 +19,7 @@ from hfcompress.results.layer_plot import Cell, Place
 from hfcompress.results.load_snippet import SNIPPET_END, SNIPPET_START, fenced, load_code
 from hfcompress.results.markup import Markup, element, joined
 from hfcompress.results.measure import Row, finite
-from hfcompress.results.page_figures import baseline_look, curve, interval, known, look, scatter, swatch
+from hfcompress.results.page_figures import baseline_look, curve, known, look, scatter, swatch
 from hfcompress.results.page_layers import layer_picture
 from hfcompress.results.page_style import STYLE
 from hfcompress.results.plot import is_off
@@ -160,13 +160,13 @@ def _speed_tile(last: Row, first: Row, batch: str) -> Markup:
     if found is None:
         return _tile(name, least, "" if last is first else "not compared: not timed in turns with the reference")
     then = (last.reference_ms or {}).get(batch)
-    told = [least, *([f"was {then['min']:.1f} ms"] if then else [])]
+    told = [f"was {then['min']:.1f} ms"] if then else []
     if found.low is not None and found.high is not None:
         told.append(f"95\u00a0% {as_times(found.low)} to {as_times(found.high)}")
     if found.is_significant is False:
-        return _tile(name, as_times(found.least), ", ".join([*told, "no significant difference"]))
+        return _tile(name, least, ", ".join([*told, "no significant difference"]))
     ratio, word = (found.least, "faster") if found.least >= 1 else (1 / found.least, "slower")
-    return _tile(name, f"{as_times(ratio)} {word}", ", ".join(told))
+    return _tile(name, f"{as_times(ratio)} {word}", ", ".join([least, *told]))
 
 
 def _score_tile(last: Row, first: Row) -> Markup:
@@ -176,9 +176,8 @@ def _score_tile(last: Row, first: Row) -> Markup:
     if apart is not None:
         half = half_interval(last, metric)
         told.append(f"was {as_number(first.score.get(metric), form)}")
-        told.append(f"{apart:+{form}}" + ("" if half is None else f" ±{half:{form}}"))
-    if (spread := interval(last, first)) is not None and last is not first:
-        told.append(f"95\u00a0% {spread[0]:{form}} to {spread[1]:{form}}")
+        told.append(f"{apart:+{form}}" + ("" if half is None else f" ±{half:{form}} (95\u00a0%)"))
+    if metric in last.gains and last is not first:
         told.append(significance(last.gains[metric]["interval"], ("significantly better", "significantly worse")))
     if now is None:
         told.append("not known")
@@ -236,14 +235,16 @@ def _frontier(report: Report) -> Markup:
                     "li", swatch(baseline_look(other, report)), other.step, element("span", " (not compressed)", class_="note")
                 )
             )
-    bars = " Bars: 95 % intervals of the difference to the reference." if any(row.gains for row in report.rows) else ""
+    how = ["Diamond: the reference. Triangle: the result."]
+    if report.baselines:
+        how.append("Hollow: what the reference could be without compression.")
+    if any(row.gains for row in report.rows):
+        how.append("Bars: 95\u00a0% intervals of the difference to the reference.")
     return _section(
         "What the score costs",
         element("div", *figures, class_="pair"),
         element("ol", *told, class_="legend"),
-        element(
-            "p", f"Diamond: the reference. Triangle: the result. Hollow: the reference, not compressed.{bars}", class_="note"
-        ),
+        element("p", " ".join(how), class_="note"),
     )
 
 

@@ -29,7 +29,7 @@ from tests.export.models import VOCABULARY, byte_tokenizer
 from tests.tiny import TOPICS, WORDS, tiny_checkpoint, tiny_config, tiny_images, tiny_model, tiny_texts, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TRAIN = {"epochs": 3, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "bf16": False}
+TRAIN = {"epochs": 3, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "bf16": False, "logging_steps": 1}
 
 
 @pytest.fixture(scope="module")
