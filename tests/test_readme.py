@@ -187,6 +187,17 @@ def test_what_is_said_of_low_bits_was_measured() -> None:
     assert f"is {over(fed, 'perplexity'):.1f} % over it, and {over(fed, 'perplexity_also'):.1f} % on a text of another" in said
 
 
+def test_what_is_said_of_deep_compression_was_measured() -> None:
+    report, said = Report.load(ROOT / "docs" / "deep-compression.json"), " ".join(README.split())
+    first, last = report.rows[report.reference], report.rows[-1]
+    assert f"from {first.megabytes:.1f} to {last.megabytes:.2f} MB, {report.smaller:.0f} times smaller" in said
+    assert f"accuracy {first.score['accuracy']:.3f} to {last.score['accuracy']:.3f}" in said
+    low, high = last.gains["accuracy"]["interval"]
+    assert f"(95 % of the change: {low:+.3f} to {high:+.3f}, over {last.gains['accuracy']['examples']} articles)" in said
+    (folder,) = re.findall(r"The folder takes ([\d.]+) MB", (ROOT / "docs" / "deep-compression.md").read_text())
+    assert f"{folder} MB with its tokenizer" in said
+
+
 def test_what_is_said_of_llama_cpp_was_measured() -> None:
     speeds, said = (
         json.loads((ROOT / "docs" / "benchmarks.json").read_text())["language-avx2"]["rows"],

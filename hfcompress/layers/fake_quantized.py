@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.layers.base import is_conv1d
-from hfcompress.layers.packing import scale_dtype
+from hfcompress.layers.packing import kept_scale, scale_dtype
 
 SHARES = torch.linspace(0.2, 1.0, 33)
 """Of the largest weight of a group: what the greatest code may stand for at first."""
@@ -48,7 +48,7 @@ class FakeQuantized:
     def step(self) -> Tensor:
         """(rows, groups), as it will be kept."""
         step = self.first_step * self.step_log.exp()
-        kept = step.to(scale_dtype(self.group_size)).float()
+        kept = kept_scale(step, scale_dtype(self.group_size)).float()
         return step + (kept - step).detach()
 
     def worth(self) -> Tensor:
@@ -115,7 +115,7 @@ def dense_again(layer: Any) -> Any:
 
 def _first_step(groups: Tensor, bits: int) -> Tensor:
     """(rows, groups): of some steps, the one of least squared error."""
-    tiny = torch.finfo(torch.float32).tiny ** 0.5
+    tiny = 2.0**-24  # what float16 can keep, for rows that are all zero
     if bits == 1:
         return groups.abs().mean(-1).clamp_min(tiny)
     least = groups.abs().amax(-1).clamp_min(tiny) / _most(bits)

@@ -28,15 +28,15 @@ def rounded(
         middle = torch.zeros_like(groups[..., :1]) if symmetric else groups.mean(-1, keepdim=True)
         away = (groups - middle).abs().mean(-1)
         codes = torch.where(groups >= middle, 1, -1 if symmetric else 0)
-        scale = _kept(away if symmetric else 2 * away, dtype)
+        scale = kept_scale(away if symmetric else 2 * away, dtype)
         offset = None if symmetric else (middle[..., 0] - away).to(dtype)
     elif symmetric:
-        scale, offset = _kept(groups.abs().amax(-1) / most, dtype), None
+        scale, offset = kept_scale(groups.abs().amax(-1) / most, dtype), None
         codes = (groups / scale.float()[..., None]).round().clamp_(-most, most)
     else:
         low, high = groups.aminmax(dim=-1)
         offset = low.to(dtype)
-        scale = _kept((high - offset.float()).clamp_min(0) / (2**bits - 1), dtype)
+        scale = kept_scale((high - offset.float()).clamp_min(0) / (2**bits - 1), dtype)
         codes = ((groups - offset.float()[..., None]) / scale.float()[..., None]).round().clamp_(0, 2**bits - 1)
     return codes.to(torch.int16), scale, offset
 
@@ -46,7 +46,7 @@ def scale_dtype(group_size: int | None) -> torch.dtype:
     return torch.float32 if group_size is None else torch.float16
 
 
-def _kept(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def kept_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As it is kept; never zero, as it divides."""
     return scale.to(dtype).clamp_(2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny, torch.finfo(dtype).max)
 

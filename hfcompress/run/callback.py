@@ -171,7 +171,8 @@ class CompressionCallback(Ticking):
             if optimizer is not None:
                 take_places(optimizer, before, body)
             self._before = before if args is None else {}
-            if added_by(self._methods) and not getattr(body, "peft_config", None):
+            held = any(method.holds_layers for method in self._methods)  # and are their own again when training ends
+            if added_by(self._methods) and not held and not getattr(body, "peft_config", None):
                 describe(body)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:

@@ -13,7 +13,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from hfcompress import Adapters, CompressionCallback, Distill, Heal, LowRank, PruneHeads, PruneNeurons, PruneWeights, Quantize
+from hfcompress import (
+    Adapters,
+    CompressionCallback,
+    Distill,
+    Heal,
+    LowRank,
+    PruneHeads,
+    PruneNeurons,
+    PruneWeights,
+    Quantize,
+    QuantizeAware,
+)
 from hfcompress.checkpoint.artifact import save
 from hfcompress.checkpoint.proof import difference
 from hfcompress.layers import holds_codes
@@ -28,6 +39,8 @@ PRECISIONS: list[dict[str, bool]] = [{}, {"bf16": True}, {"fp16": True}]
 RIDERS: dict[str, list[Any]] = {
     "heads and neurons": [PruneHeads(0.5, samples=8), PruneNeurons(0.5, round_to=1, samples=8)],
     "weights": [PruneWeights(0.5)],
+    "weights, by data": [PruneWeights(pattern="2:4", scores="sparsegpt", samples=8)],
+    "codes": [QuantizeAware(2, group_size=16, embeddings=4)],
     "factors": [LowRank(rank=4)],
     "adapters": [Adapters(r=4)],
 }

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, Trainer
 
-from hfcompress import CompressionError, Heal, PruneNeurons, PruneWeights, Quantize, QuantizeAware, Recipe, riding
+from hfcompress import (
+    CompressionCallback,
+    CompressionError,
+    Heal,
+    PruneNeurons,
+    PruneWeights,
+    Quantize,
+    QuantizeAware,
+    Recipe,
+    attach,
+    compress,
+    riding,
+)
 from hfcompress.layers.fake_quantized import FakeQuantized, dense_again, fake_quantise
 from hfcompress.layers.quantized import Codes, QuantEmbedding, QuantLinear
 from tests.calibration.test_reconstruct import batches
 from tests.methods.test_laws import FewBatches, logits
-from tests.tiny import tiny_model
+from tests.run.test_train import Rows as FewRows
+from tests.run.test_train import arguments
+from tests.tiny import tiny_checkpoint, tiny_model, tiny_texts
 
 KINDS = ("bert", "llama", "gpt2", "t5", "vit")
 
@@ -89,6 +105,23 @@ def test_gradients_are_those_of_learned_steps() -> None:
     assert torch.equal(scaled.round(), torch.tensor([1.0, -0.0, 3.0, -3.0]))
     expected = (each * x[0]).sum() * 0.2 / (4 * 3) ** 0.5  # by the logarithm of the step, and LSQ's scale
     torch.testing.assert_close(wrapped.step_log.grad, expected.reshape(1, 1))
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_rows_of_zeros_and_of_tiny_weights_train_on(bits: int, group: int | None) -> None:
+    layer: Any = nn.Linear(16, 3, bias=False)
+    layer.weight.data[0], layer.weight.data[1] = 0.0, 1e-9
+    fake_quantise(layer, bits, group)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(5):
+        layer(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    codes, step = layer.codes()
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert layer.weight.isfinite().all() and step.isfinite().all() and (step > 0).all()
+    assert codes.abs().max() <= max(1, 2 ** (bits - 1) - 1)
 
 
 def test_one_bit_is_the_sign_times_a_step() -> None:
@@ -209,6 +242,42 @@ def test_alone_it_is_refused_in_a_recipe() -> None:
         CompressionError, match=r"steps.1: train comes after quantize_aware \(steps.0\), and codes can't be trained"
     ):
         Recipe.from_dict(raw)
+
+
+def test_a_recipe_trains_as_codes_and_saves_them(tmp_path: Path) -> None:
+    raw: dict[str, Any] = {
+        "model": str(tiny_checkpoint(tmp_path / "bert", "bert")),
+        "task": {"name": "text-classification", "max_length": 32, "dataset": str(tiny_texts(tmp_path / "texts"))},
+        "steps": [{"train": {"epochs": 2, "with": ["distill", {"quantize_aware": {"bits": 2, "group_size": 16}}]}}],
+        "storage": "packed",
+    }
+    report = compress(Recipe.from_dict(raw), tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.bert.encoder.layer[1].output.dense.bits == 2
+    assert report.rows[1].megabytes < report.rows[0].megabytes / 3
+    again = compress(Recipe.from_dict(raw), tmp_path / "again")
+    assert again.rows[1].score == report.rows[1].score
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_callback_of_a_users_trainer_leaves_codes(late: bool, tmp_path: Path) -> None:
+    """In the Trainer's list, or attached to one that is built; a checkpoint in the middle is a plain one."""
+    model, rows = tiny_model("bert"), FewRows("bert")
+    method, work = (
+        QuantizeAware(2, group_size=16, embeddings=4),
+        arguments(tmp_path, 8, max_steps=4, save_strategy="steps", save_steps=2),
+    )
+    callbacks = [] if late else [CompressionCallback(method)]
+    trainer = Trainer(model=model, args=work, train_dataset=rows, callbacks=callbacks)
+    if late:
+        attach(trainer, method)
+    trainer.train()
+    assert isinstance(model.bert.embeddings.word_embeddings, QuantEmbedding)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
+    halfway = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2")
+    assert type(halfway.bert.encoder.layer[0].output.dense) is nn.Linear
 
 
 def test_mistakes_are_told() -> None:
