@@ -21,6 +21,7 @@ from hfcompress.distillation.terms import TERMS
 from hfcompress.layers import kind_of
 from hfcompress.methods import METHODS
 from hfcompress.results.measure import weigh
+from hfcompress.results.report import Report
 from hfcompress.run.cli import app
 from hfcompress.run.loop import compress
 from hfcompress.run.recipe import shipped_recipes
