@@ -292,6 +292,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "goal.smaller": 2,
         },
     ),
+    "ternary": ("bert-4", {"steps.0.train.epochs": 1, "steps.0.train.with.1.quantize_aware.group_size": 8, "goal.smaller": 2}),
+    "sparse-llm": ("llama", {"task.block_size": 32, "task.mixture": "[data, own]", "task.max_train_samples": 32}),
     "fastest": ("bert-4", {"steps.3.train.epochs": 1, "steps.2.prune_neurons.round_to": 8}),
     "cpu-llm": (
         "llama-bytes",
