@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import Cast as Cast
     from hfcompress.methods import Distill as Distill
     from hfcompress.methods import Heal as Heal
+    from hfcompress.methods import LayerDrop as LayerDrop
     from hfcompress.methods import LowRank as LowRank
     from hfcompress.methods import PruneExperts as PruneExperts
     from hfcompress.methods import PruneHeads as PruneHeads
@@ -67,6 +68,7 @@ __all__ = [  # noqa: RUF022  in the order people meet them
     "LowRank",
     "Adapters",
     "Heal",
+    "LayerDrop",
     "Quantize",
     "QuantizeAware",
     "QuantizeCache",

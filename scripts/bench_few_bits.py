@@ -1,8 +1,8 @@
 """The measured table of docs/few-bits.md: `python scripts/bench_few_bits.py`.
 
-What 3 bits, 2 and one a weight cost a fine-tuned encoder (MiniLM on BBC News): rounded at once with error feedback,
-trained as the codes it becomes (`quantize_aware`), and, of 2 bits, trained on as it was for as long and rounded then. Everything comes from packages, nothing from the Hub. About half an hour on two cores; what is done is kept in
-out/bench-few-bits.
+What 3 bits, 2 and one a weight cost a fine-tuned encoder (MiniLM on BBC News): rounded at once with error feedback, trained as the
+codes it becomes (`quantize_aware`), and, of 2 bits, trained on as it was for as long and rounded then. Everything comes from
+packages, nothing from the Hub. About half an hour on two cores; what is done is kept in out/bench-few-bits.
 
     python scripts/bench_few_bits.py [--bits 3 2 1]
 """

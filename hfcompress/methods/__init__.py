@@ -5,6 +5,7 @@ from hfcompress.methods.base import Method, Step
 from hfcompress.methods.cast import Cast
 from hfcompress.methods.distill import Distill
 from hfcompress.methods.heal import Heal
+from hfcompress.methods.layer_drop import LayerDrop
 from hfcompress.methods.low_rank import LowRank
 from hfcompress.methods.prune_experts import PruneExperts
 from hfcompress.methods.prune_heads import PruneHeads
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         LowRank,
         Adapters,
         Heal,
+        LayerDrop,
         Quantize,
         QuantizeAware,
         QuantizeCache,

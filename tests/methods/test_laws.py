@@ -25,6 +25,7 @@ from hfcompress.methods import (
     Cast,
     Distill,
     Heal,
+    LayerDrop,
     LowRank,
     Method,
     PruneExperts,
@@ -111,6 +112,7 @@ METHOD_ROWS: dict[str, list[Method]] = {
         Student(architecture={"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}),
     ],
     "adapters": [Adapters(r=4, merge=False), Adapters(target_modules=["query"])],
+    "layer_drop": [LayerDrop(0.5), LayerDrop(0.3, grows=True)],
     "heal": [Heal(["norms"]), Heal(["biases", "embeddings"])],
     "distill": [
         Distill("me/teacher", temperature=3.0, alpha=0.2),
