@@ -53,9 +53,9 @@ class FakeQuantized:
 
     def worth(self) -> Tensor:
         """The rounded weight, in the layout of the dense one, float32, through which gradients reach it and the step."""
-        step = _slowed(self.step()[..., None], self._matrix.shape[-1], self.bits)
-        scaled = (self._matrix / step).clamp(-_most(self.bits), _most(self.bits))
-        said = ((_rounded(scaled, self.bits) - scaled).detach() + scaled) * step
+        matrix = self._matrix
+        step = _slowed(self.step()[..., None], matrix.shape[-1], self.bits)
+        said: Tensor = _Rounding.apply(matrix, step, self.bits)
         return said.flatten(1).T if _is_conv1d(self) else said.flatten(1)
 
     @torch.no_grad()
@@ -64,6 +64,25 @@ class FakeQuantized:
         step = self.step()
         scaled = (self._matrix / step[..., None]).clamp(-_most(self.bits), _most(self.bits))
         return _rounded(scaled, self.bits).to(torch.int16), step
+
+
+class _Rounding(torch.autograd.Function):
+    """Codes times steps, of weights (rows, groups, group_size) and steps (rows, groups, 1). Gradients reach a weight as they
+    are, where it lies between the codes, and a step by what rounding added to each weight, or by the code it was clipped to."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, step: Tensor, bits: int) -> Tensor:
+        most = _most(bits)
+        scaled = matrix / step
+        outside = scaled.abs() > most
+        codes = _rounded(scaled.clamp(-most, most), bits)
+        ctx.save_for_backward(outside, codes - scaled.masked_fill_(outside, 0.0))
+        return codes.mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        outside, off = ctx.saved_tensors
+        return grad.masked_fill(outside, 0.0), (grad * off).sum(-1, keepdim=True), None
 
 
 def _most(bits: int) -> int:
