@@ -5,6 +5,7 @@ Block scales are searched, with the codes nearest to them; then `error_feedback`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -16,9 +17,12 @@ from hfcompress.calibration.error_feedback import descended, fed_back
 from hfcompress.calibration.grid import Codes, Grid, Nearest, divided, expanded
 from hfcompress.calibration.second_moments import DAMPING
 
+log = logging.getLogger(__name__)
 Stage = Literal["plain", "scales", "diagonal", "feedback", "rounding"]
 FACTORS = tuple((24 - step) / 20 for step in range(15))
 """What a block's plain scale is multiplied by in the search. 1 is among them: no block becomes worse than plain."""
+SPARSE = 0.2
+"""The share of zeros from which a weight is taken for one that was pruned."""
 ELEMENTS, ELEMENTS_ON_ACCELERATORS = 2**19, 2**23
 """Weights that are searched at once: more do not fit the caches of a CPU, and need memory in multiples of the weight's; fewer
 leave an accelerator waiting for kernels to be launched."""
@@ -39,8 +43,9 @@ def choose_codes(
     (Behdin et al. 2023, arXiv 2309.01885).
 
     With E what the weight is off by, all minimise mean |E x|^2 = trace E square E^T, and what is returned is never worse in it
-    than plain: where a stage made it worse, what was there before is kept, row by row. `damping`: the ridge of the inverse and
-    of the weights of columns, as a share of the mean of the diagonal. `name`: for lines of the log.
+    than plain: where a stage made it worse, what was there before is kept, row by row. What is zero in a sparse weight stays
+    zero where the grid has a zero; else a line says so. `damping`: the ridge of the inverse and of the weights of columns, as a
+    share of the mean of the diagonal. `name`: for lines of the log.
     """
     if weight.shape[1] % grid.blocksize:
         raise ValueError(f"{name}: {weight.shape[1]} columns are no multiple of the block size {grid.blocksize}")
@@ -59,12 +64,27 @@ def choose_codes(
             codes = refine(weight, grid, nearest, best, whole, damping, name)
             if codes is None:
                 break
+            codes = _with_zeros(codes, weight, grid)
             other = _row_errors(weight - expanded(grid, codes, best.scales, best.offset), square)
             better = other < error
             error = torch.where(better, other, error)
             best = replace(best, codes=torch.where(better[:, None], codes, best.codes))
+    if not _has_zero(grid) and float((weight == 0).float().mean()) > SPARSE:
+        log.warning("%s: its zeros are lost, as these codes have no zero; choose symmetric codes of 2 bits or more.", name)
     found = error.sum() / power
     return replace(best, error=float(found), plain_error=float(worst)) if found <= worst else plain
+
+
+def _has_zero(grid: Grid) -> bool:
+    return not grid.affine and bool((grid.values == 0).any())
+
+
+def _with_zeros(codes: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+    """The codes of a sparse weight (out, in), what was zero zero again: feedback moves weights before they are rounded."""
+    gone = weight == 0
+    if not _has_zero(grid) or float(gone.float().mean()) <= SPARSE:
+        return codes
+    return codes.masked_fill(gone, int((grid.values == 0).nonzero()[0]))
 
 
 def column_weights(square: Tensor, damping: float) -> Tensor | None:

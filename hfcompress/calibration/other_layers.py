@@ -21,6 +21,11 @@ def coded_tables(model: nn.Module, bits: int, group_size: int | None, symmetric:
     disk, which is tied again when it is loaded."""
     found: dict[str, Any] = {}
     for names in codable_tables(model):
+        first: Any = model.get_submodule(names[0])
+        columns = first.weight.shape[1]
+        if all(wrongs := [mismatch(columns, bits, group) for group in (group_size, None)]):
+            log.info("quantize: embeddings: %s left dense: %s", names[0], wrongs[-1])
+            continue
         for name in names:
             old: Any = model.get_submodule(name)
             group = None if mismatch(old.weight.shape[1], bits, group_size) else group_size

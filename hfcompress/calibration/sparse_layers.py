@@ -92,9 +92,10 @@ def wanda(weight: Tensor, read: Read) -> Tensor:
 
 
 def sparse_gpt(
-    weight: Tensor, read: Read, pattern: Pattern, sparsity: float, damping: float, name: str
+    weight: Tensor, alive: Tensor, read: Read, pattern: Pattern, sparsity: float, damping: float, name: str
 ) -> tuple[Tensor, Tensor] | None:
-    """(the weight that is left, its mask), (out, in) each; None where the moments have no inverse, and a line says so.
+    """(the weight that is left, its mask), (out, in) each, of those weights that are `alive`; None where the moments have no
+    inverse, and a line says so.
 
     Column after column: what goes is least w^2 / [H^-1]_cc, in the weights as those before left them, and the columns after
     take over what it did. Chosen among `SPAN` columns together, or those of a group or block. Frantar, Alistarh 2023, SparseGPT
@@ -105,7 +106,7 @@ def sparse_gpt(
         log.warning("%s: the second moments of what it reads have no inverse; its weights are chosen by wanda.", name)
         return None
     left = weight.T.to(torch.float32, copy=True).contiguous()  # (in, out)
-    kept = torch.ones_like(left, dtype=torch.bool)
+    kept = alive.T.to(left.device, copy=True)
     together = pattern.columns or SPAN
     span = max(SPAN // together, 1) * together
     for start in range(0, len(left), span):
@@ -116,7 +117,8 @@ def sparse_gpt(
             if place % together == 0:
                 some = slice(place, min(place + together, end - start))
                 prices = (mine[some] / own[some, None]).square()
-                kept[start:end][some] = pattern.kept(prices.T, sparsity).T
+                prices.masked_fill_(~kept[start:end][some], -1.0)  # what is zero already is the first to go
+                kept[start:end][some] &= pattern.kept(prices.T, sparsity).T
             told[place] = mine[place].masked_fill(kept[start + place], 0.0) / own[place]
             mine[place + 1 :].addr_(inner[place, place + 1 :], told[place], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, told, alpha=-1)

@@ -44,7 +44,7 @@ def planes_of(raw: Bytes, dtype: torch.dtype) -> Iterator[Bytes]:
 
 def joined(planes: list[Bytes], dtype: torch.dtype) -> Bytes:
     if dtype.itemsize == 1:
-        return planes[0]
+        return planes[0].copy()  # what lies in a file can't be written to
     words: Any = np.zeros(len(planes[0]), WORDS[dtype.itemsize])
     for plane in planes:
         words = (words << words.dtype.type(8)) | plane

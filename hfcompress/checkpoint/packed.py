@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hfcompress.checkpoint.byte_planes import WORDS, coded_plane, decoded_plane, joined, planes_of
 from hfcompress.checkpoint.errors import CompressionError, shown
+from hfcompress.checkpoint.writing import written
 
 MAGIC = b"hfcpack1"
 DTYPES: tuple[tuple[torch.dtype, str], ...] = (
@@ -72,6 +73,11 @@ def check_packer(where: str) -> None:
 def pack(tensor: Tensor) -> Tensor:
     """The stream, (bytes,) uint8, of a tensor of any shape, on the CPU."""
     flat = tensor.detach().cpu().contiguous()
+    if flat.dim() > MOST_DIMENSIONS:
+        raise CompressionError(
+            f"storage: packed holds tensors of at most {MOST_DIMENSIONS} dimensions, and this one has {flat.dim()}; leave "
+            f"storage out."
+        )
     code = next((place for place, (dtype, _) in enumerate(DTYPES) if dtype == flat.dtype), None)
     if code is None:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in DTYPES)
@@ -127,12 +133,26 @@ def unpacked_size(stream: Tensor, name: str) -> tuple[int, int]:
 
 
 def packed_state(model: Any) -> dict[str, Tensor]:
-    """What `save_pretrained` is to write: a stream for every tensor, tied ones once."""
+    """What `save_pretrained` is to write: a stream for every tensor, tied ones once, as long as they are one tensor."""
     check_packer("storage: packed")
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     state: Mapping[str, Tensor] = model.state_dict()
-    return {name: pack(tensor) for name, tensor in state.items() if name not in left_out and tied.get(name) not in state}
+    left_out |= {
+        name for name, first in tied.items() if name in state and first in state and _is_one(state[name], state[first])
+    }
+    return {name: pack(tensor) for name, tensor in state.items() if name not in left_out}
+
+
+def _is_one(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape and tensor.stride() == other.stride()
+
+
+def unpack_state(module: Any, state: dict[str, Any], *_: Any) -> None:
+    """Before `load_state_dict`, as a Trainer resumes by: what is packed in a checkpoint is unpacked, in place."""
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and is_packed(tensor):
+            state[name] = unpack(tensor, name)
 
 
 def unpack_file(source: str | Path, target: str | Path) -> None:
@@ -148,7 +168,7 @@ def unpack_file(source: str | Path, target: str | Path) -> None:
             else:
                 shapes[name] = _named(tensor.dtype, name), tuple(tensor.shape), tensor.numel() * tensor.itemsize
         check_packer(str(source))
-        with Path(target).open("wb") as out:
+        with written(Path(target).parent, "the unpacked weights"), Path(target).open("wb") as out:
             out.write(_safetensors_header(shapes))
             for name in names:
                 tensor = file.get_tensor(name)
@@ -188,9 +208,10 @@ def _header(stream: Tensor, name: str) -> _Header:
     except struct.error as error:
         raise _damaged(name) from error
     header = _Header(dtype, shape, bool(is_sparse), checksum, place + 8 * dimensions + 4)
-    if header.bytes > MOST_DENSE * len(stream):
+    most = max(header.bytes, *shape, 0)
+    if most > MOST_DENSE * len(stream):
         raise CompressionError(
-            f"{shown(name)}: {len(stream)} packed bytes stand for {header.bytes}, more than {MOST_DENSE} times as many; the "
+            f"{shown(name)}: {len(stream)} packed bytes stand for {most}, more than {MOST_DENSE} times as many; the "
             f"checkpoint is damaged or hostile: download it again from who you trust, or save the model again."
         )
     return header

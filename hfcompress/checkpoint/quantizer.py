@@ -114,7 +114,8 @@ class HfcompressQuantizer(HfQuantizer):
             model.is_loaded_in_8bit = any(kind_of(module) == "linear_8bit" for module in coded)
         for name, parameter in model.named_parameters():
             cast_dense(model, name, parameter, self._dtypes.get(name, parameter.dtype))
-        vars(self).pop("_unpacked", None)
+        if (unpacked := vars(self).pop("_unpacked", None)) is not None:
+            self._after_unpacking(model, unpacked)
         if any((folder / MODULES).is_file() for folder in self._beside):
             for module in model.modules():
                 if isinstance(module, QuantEmbedding):
@@ -132,9 +133,16 @@ class HfcompressQuantizer(HfQuantizer):
                 files[place] = str(Path(self._unpacked.name) / f"{place}.safetensors")  # type: ignore[index]
                 unpack_file(file, files[place])  # type: ignore[index]
 
+    def _after_unpacking(self, model: Any, folder: Any) -> None:
+        from hfcompress.checkpoint.packed import unpack_state
+
+        model.register_load_state_dict_pre_hook(unpack_state)
+        if any(parameter.is_meta for parameter in model.parameters()):  # on disk: read from there when it is needed
+            vars(model)["_unpacked_files"] = folder
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """A packed checkpoint is saved packed again, by `save_pretrained` too."""
-        if not is_stored_packed(model.config):
+        """A packed checkpoint is saved packed again, by `save_pretrained` too; an adapter on it is a file of PEFT's."""
+        if not is_stored_packed(model.config) or getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         from hfcompress.checkpoint.packed import packed_state
 

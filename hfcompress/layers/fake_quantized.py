@@ -31,6 +31,8 @@ class FakeQuantized:
     is_rounded: bool
     first_step: Tensor
     step_log: nn.Parameter
+    step_owner: tuple[Any, ...]
+    """The layer whose steps it shares, as both hold one table; in a tuple, so that it is no part of this one."""
     _parameters: dict[str, Any]
 
     @property
@@ -47,7 +49,8 @@ class FakeQuantized:
 
     def step(self) -> Tensor:
         """(rows, groups), as it will be kept."""
-        step = self.first_step * self.step_log.exp()
+        owner = self.step_owner[0] if self.step_owner else self
+        step = owner.first_step * owner.step_log.exp()
         kept = kept_scale(step, scale_dtype(self.group_size)).float()
         return step + (kept - step).detach()
 
@@ -116,18 +119,21 @@ def fake_quantise(layer: Any, bits: int, group_size: int | None, shared: Any = N
     kind = type(layer)
     matrix = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
     groups = matrix.float().unflatten(1, (-1, group_size or matrix.shape[1]))
-    first = _first_step(groups, bits) if shared is None else shared.first_step
     layer.__class__ = _class_for(kind)  # type: ignore[arg-type]
     layer.bits, layer.group_size, layer.is_rounded = bits, group_size, True
-    layer.register_buffer("first_step", first)
-    layer.register_parameter("step_log", nn.Parameter(torch.zeros_like(first)) if shared is None else shared.step_log)
+    layer.step_owner = () if shared is None else (shared,)
+    if shared is None:
+        first = _first_step(groups, bits)
+        layer.register_buffer("first_step", first)
+        layer.register_parameter("step_log", nn.Parameter(torch.zeros_like(first)))
 
 
 def dense_again(layer: Any) -> Any:
     """Undo it, in place; the weight is as training left it."""
     layer.__class__ = type(layer).__mro__[2]
-    del layer._parameters["step_log"], layer._buffers["first_step"]
-    for name in ("bits", "group_size", "is_rounded"):
+    layer._parameters.pop("step_log", None)
+    layer._buffers.pop("first_step", None)
+    for name in ("bits", "group_size", "is_rounded", "step_owner"):
         del vars(layer)[name]
     return layer
 

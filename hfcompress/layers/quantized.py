@@ -249,7 +249,7 @@ class QuantLinear(Codes, nn.Linear):
         """Those that read such codes."""
         if self.bits == 8:
             return ("integers", "bytes") if self._has_one_scale_a_row else ()
-        if self.bits > 4:
+        if self.bits > 4 or (self.bits < 4 and not self.symmetric):  # few codes far from the kernel's own zero cancel
             return ()
         fit = (self.group_size or self.in_features) in kernels.GROUPS and self.out_features % kernels.ROWS == 0
         is_worth_it = self.keeps_unpacked or self.weight.device.type == "cpu"  # memory is short on accelerators
@@ -339,7 +339,8 @@ def mismatch(columns: int, bits: int, group_size: int | None) -> str | None:
         near = min(possible or [columns], key=lambda size: abs(size - group_size))
         return f"group_size {group_size} does not divide {columns} columns; the nearest that does is {near}"
     if (group_size or columns) * bits % 8:
-        return f"{group_size or columns} codes of {bits} bits fill no whole bytes"
+        near = min((other for other in BITS if (group_size or columns) * other % 8 == 0), key=lambda other: abs(other - bits))
+        return f"{group_size or columns} codes of {bits} bits fill no whole bytes; the nearest bits that do are {near}"
     return None
 
 

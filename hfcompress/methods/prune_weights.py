@@ -59,8 +59,11 @@ class PruneWeights(Method):
         description="layer: every layer loses the same share; global: all compete, by magnitude, or by what the loss feels of "
         "each if scores look at data.",
     )
-    max_sparsity: float = Field(
-        default=1.0, gt=0, le=1, description="Under ranking global: the share that every layer loses at most."
+    max_sparsity: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Under ranking global: the share that every layer loses at most; half-way from sparsity to all if absent.",
     )
     target_modules: list[str] | None = Field(
         default=None, description="Suffixes of module names; all linear layers of the body if absent."
@@ -108,7 +111,7 @@ class PruneWeights(Method):
             )
         if self.ranking == "layer" and "max_sparsity" in given:
             raise ValueError("max_sparsity bounds what layers lose under ranking: global; set that, or leave it out")
-        if self.sparsity is not None and self.sparsity > self.max_sparsity:
+        if self.sparsity is not None and self.max_sparsity is not None and self.sparsity > self.max_sparsity:
             raise ValueError(f"sparsity {self.sparsity} is more than max_sparsity {self.max_sparsity}; set it below")
         return self
 
@@ -137,11 +140,10 @@ class PruneWeights(Method):
         undo = Undo()
         try:
             if self._at_once:
-                masks = self._solved(model, names, share, batches, undo)
-                yield _holding(model, masks)
+                yield (tick := _holding(model, self._solved(model, names, share, batches, undo)))
             else:
                 yield (tick := self._rising(model, names, share, batches))
-                tick(1.0)
+            tick(1.0)
         except BaseException:
             undo.undo()
             raise
@@ -182,7 +184,9 @@ class PruneWeights(Method):
                 weight = matrix_of(model.get_submodule(name))
                 curves[name] = quantiles(weight.abs() if batches is None else torch.zeros_like(weight))
         sizes = [model.get_submodule(name).weight.numel() for name in names]
-        found = shares([curves[name] for name in names], sizes, self.sparsity or 0.0, self.max_sparsity)
+        sparsity = self.sparsity or 0.0
+        most = (1 + sparsity) / 2 if self.max_sparsity is None else self.max_sparsity
+        found = shares([curves[name] for name in names], sizes, sparsity, most)
         return dict(zip(names, agreed(torch.tensor(found, dtype=torch.float64)).tolist(), strict=True))
 
     def _felt(self, model: Any, names: list[str], batches: MakeBatches) -> dict[str, Tensor]:
@@ -210,12 +214,14 @@ class PruneWeights(Method):
         pattern = self._pattern
 
         def solve(name: str, weight: Tensor, read: Read | None) -> tuple[Tensor, Tensor]:
+            alive = _standing(weight, share[name])
             if read is not None and self.scores == "sparsegpt":
-                solved = sparse_gpt(weight, read, pattern, share[name], self.damping, name)
+                solved = sparse_gpt(weight, alive, read, pattern, share[name], self.damping, name)
                 if solved is not None:
                     return solved
             by_input = read is not None and self.scores != "magnitude"
             kept = pattern.kept(wanda(weight, read) if by_input else weight.float().abs(), share[name], by_row=by_input)  # type: ignore[arg-type]
+            kept &= alive
             return weight * kept, kept
 
         def write(name: str, values: Tensor, kept: Tensor, shift: Tensor | None) -> None:

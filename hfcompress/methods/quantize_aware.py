@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import CompressionError
 from hfcompress.layers.fake_quantized import dense_again, fake_quantise
@@ -14,6 +15,8 @@ from hfcompress.layers.quantized import QuantEmbedding, QuantLinear, mismatch
 from hfcompress.methods.base import Method, Tick
 from hfcompress.surgery.modules import check_editable, swap
 from hfcompress.surgery.targets import codable, codable_tables, matching
+
+log = logging.getLogger("hfcompress")
 
 
 class QuantizeAware(Method):
@@ -64,7 +67,8 @@ class QuantizeAware(Method):
 
         tick(0.0)
         yield tick
-        coded = {name: _coded(layer) for name, layer in layers.items()}
+        found = {name: (*layer.codes(), layer.bits, layer.group_size) for name, layer in layers.items()}
+        coded = {name: _coded(dense_again(layers[name]), *one) for name, one in found.items()}
         for alike in tables:
             for name in alike:
                 coded[name].weight = coded[alike[0]].weight
@@ -84,7 +88,15 @@ class QuantizeAware(Method):
     def _tables(self, model: nn.Module) -> list[list[str]]:
         if self.embeddings is None:
             return []
-        if not (found := [list(names) for names in codable_tables(model)]):
+        found, bits = [], self.embeddings
+        for names in codable_tables(model):
+            first: Any = model.get_submodule(names[0])
+            columns = first.weight.shape[1]
+            if all(mismatch(columns, bits, group) for group in (self.group_size, None)):
+                log.info("quantize_aware: %s left dense: %s", names[0], mismatch(columns, bits, None))
+            else:
+                found.append(list(names))
+        if not found:
             raise CompressionError(
                 "quantize_aware: embeddings: the model has no dense table that can become codes; leave embeddings out."
             )
@@ -94,7 +106,7 @@ class QuantizeAware(Method):
         columns = layer.weight.shape[0 if type(layer).__name__ == "Conv1D" else 1]
         group = self.group_size or (None if bits > 4 else 64)
         wrong = mismatch(columns, bits, group)
-        if wrong and self.group_size is None:  # nobody asked for it: a step a row then
+        if wrong and (self.group_size is None or isinstance(layer, nn.Embedding)):  # nobody asked for it: a step a row then
             group, wrong = None, mismatch(columns, bits, None)
         if wrong:
             raise CompressionError(f"quantize_aware: {name}: {wrong}; choose that, or leave the layer out by skip_modules.")
@@ -102,10 +114,8 @@ class QuantizeAware(Method):
 
 
 @torch.no_grad()
-def _coded(layer: Any) -> nn.Module:
+def _coded(dense: Any, codes: Tensor, step: Tensor, bits: int, group: int | None) -> nn.Module:
     """The very codes that a layer computed with."""
-    (codes, step), bits, group = layer.codes(), layer.bits, layer.group_size
-    dense = dense_again(layer)
     if not isinstance(dense, nn.Embedding):
         return QuantLinear.from_codes(dense, codes, step, None, bits, group)
     new = QuantEmbedding.from_dense(dense, bits, group)

@@ -77,6 +77,11 @@ def check_riders(methods: Iterable[Method], arguments: TrainingArguments) -> Non
                 f"{method.key()}: checkpoints hold the adapter alone, and load_best_model_at_end looks for models; set it to "
                 f"False."
             )
+        if method.holds_layers and arguments.n_gpu > 1:
+            raise CompressionError(
+                f"{method.key()}: nn.DataParallel, which a Trainer uses on several GPUs in one process, can't copy the layers "
+                f"that it holds; start a process for each with torchrun or accelerate launch, or show it one GPU."
+            )
         if method.replaces_loss:
             _check_loss(method.key(), arguments)
 

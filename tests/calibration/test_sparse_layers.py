@@ -92,7 +92,7 @@ def test_each_step_is_worth_something(pattern: Pattern) -> None:
     weight, square = gaussian(128, 256), correlated(256, 2048)
     by_magnitude = pattern.kept(weight.abs(), 0.5)
     by_wanda = pattern.kept(wanda(weight, read(square)), 0.5, by_row=True)
-    solved = sparse_gpt(weight, read(square), pattern, 0.5, 0.01, "layer")
+    solved = sparse_gpt(weight, weight != 0, read(square), pattern, 0.5, 0.01, "layer")
     assert solved is not None
     left, mask = solved
     assert (left[~mask] == 0).all()
@@ -110,7 +110,7 @@ def test_each_step_is_worth_something(pattern: Pattern) -> None:
 def test_sparse_gpt_takes_what_costs_least_and_nothing_over_where_inputs_have_nothing_in_common() -> None:
     power = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.1
     weight = gaussian()
-    solved = sparse_gpt(weight, read(torch.diag(power)), ALONE, 0.5, 0.0, "layer")
+    solved = sparse_gpt(weight, weight != 0, read(torch.diag(power)), ALONE, 0.5, 0.0, "layer")
     assert solved is not None
     cost = weight.square() * power
     assert torch.equal(solved[1], ALONE.kept(cost, 0.5))
@@ -121,15 +121,26 @@ def test_sparse_gpt_of_the_last_column_of_two_is_worked_out_by_hand() -> None:
     """One of two weights goes: the first, whose cost is w^2 / [H^-1]_11, and the second becomes w_2 + w_1 h_12 / h_22."""
     square = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     weight = torch.tensor([[0.2, 3.0]])
-    solved = sparse_gpt(weight, read(square), Pattern(group=(1, 2)), 0.5, 0.0, "layer")
+    solved = sparse_gpt(weight, weight != 0, read(square), Pattern(group=(1, 2)), 0.5, 0.0, "layer")
     assert solved is not None
     torch.testing.assert_close(solved[0], torch.tensor([[0.0, 3.1]]))
+
+
+def test_what_is_zero_already_stays_so_and_counts() -> None:
+    weight, square = gaussian(), correlated()
+    sparse = weight.masked_fill(~TWO_OF_FOUR.kept(weight.abs(), 0.5), 0.0)
+    for pattern, sparsity in ((ALONE, 0.6), (ALONE, 0.4), (TWO_OF_FOUR, 0.5), (Pattern.parse("1:4"), 0.75), (BLOCKS, 0.5)):
+        solved = sparse_gpt(sparse, sparse != 0, read(square), pattern, sparsity, 0.01, "layer")
+        assert solved is not None
+        assert (solved[0][sparse == 0] == 0).all() and not solved[1][sparse == 0].any()
+        if pattern is ALONE:
+            assert float((solved[0] == 0).float().mean()) == pytest.approx(max(sparsity, 0.5), abs=0.01)
 
 
 def test_moments_without_an_inverse_are_told_and_left(caplog: pytest.LogCaptureFixture) -> None:
     square = torch.full((64, 64), torch.nan)
     with caplog.at_level(logging.WARNING):
-        assert sparse_gpt(gaussian(), read(square), ALONE, 0.5, 0.01, "some.layer") is None
+        assert sparse_gpt(gaussian(), gaussian() != 0, read(square), ALONE, 0.5, 0.01, "some.layer") is None
     assert "some.layer: the second moments of what it reads have no inverse; its weights are chosen by wanda." in caplog.text
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, pipeline
 
 import hfcompress  # noqa: F401
 from hfcompress import CompressionError, LowRank, PruneHeads, PruneNeurons, PruneWeights, Quantize
@@ -24,6 +25,7 @@ from hfcompress.checkpoint.packed import MOST_DENSE, is_packed, pack, unpack
 from hfcompress.checkpoint.proof import prove
 from hfcompress.checkpoint.verify import verify
 from tests.methods.test_laws import FewBatches, auto, logits
+from tests.run.test_train import Rows, arguments
 from tests.tiny import tiny_model, tiny_tokenizer
 
 DTYPES = [
@@ -117,12 +119,13 @@ def test_damage_is_told_or_changes_nothing() -> None:
 
 
 def test_a_small_file_that_asks_for_all_memory_is_refused_first() -> None:
-    start = packed.MAGIC + struct.pack("<BBB", 0, 0, 2) + struct.pack("<2Q", 1 << 40, 1 << 20) + bytes(2000)
     sentence = (
         rf"'w': \d+ packed bytes stand for \d+, more than {MOST_DENSE} times as many; the checkpoint is damaged or hostile"
     )
-    with pytest.raises(CompressionError, match=sentence):
-        unpack(torch.frombuffer(bytearray(start), dtype=torch.uint8), "w")
+    for sizes in ((1 << 40, 1 << 20), (0, (1 << 63) + 5)):
+        start = packed.MAGIC + struct.pack("<BBB", 0, 0, 2) + struct.pack("<2Q", *sizes) + bytes(2000)
+        with pytest.raises(CompressionError, match=sentence):
+            unpack(torch.frombuffer(bytearray(start), dtype=torch.uint8), "w")
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -132,6 +135,8 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_a_dtype_that_has_no_place_is_named() -> None:
+    with pytest.raises(CompressionError, match=r"storage: packed holds tensors of at most 8 dimensions, and this one has 9"):
+        pack(torch.zeros([1] * 9))
     with pytest.raises(CompressionError, match=r"storage: packed can't hold torch.complex64; possible are float32, bfloat16"):
         pack(torch.zeros(3, dtype=torch.complex64))
 
@@ -223,6 +228,60 @@ def test_a_pipeline_takes_it(tmp_path: Path) -> None:
     assert pipeline("text-classification", str(tmp_path))("the cat and the dog")[0]["label"]
 
 
+@pytest.mark.parametrize("way", ["weight", "config"])
+def test_a_head_that_is_tied_no_more_is_stored(way: str, tmp_path: Path) -> None:
+    save(tiny_model("llama", tie_word_embeddings=True), None, tmp_path / "one", packed=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+    if way == "config":
+        model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert same(again.lm_head.weight, model.lm_head.weight)
+    assert same(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_an_adapter_on_it_is_a_file_of_pefts(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    save(tiny_model("bert"), None, tmp_path / "base", packed=True)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
+
+
+def test_a_trainer_resumes_on_it_and_brings_the_best_back(tmp_path: Path) -> None:
+    save(tiny_model("bert"), None, tmp_path / "base", packed=True)
+    rows = Rows("bert")
+
+    def trainer(**more: Any) -> Trainer:
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, **more}
+        return Trainer(model=model, args=arguments(tmp_path / "work", 8, **fields), train_dataset=rows, eval_dataset=rows)
+
+    trainer(max_steps=2, lr_scheduler_type="constant").train()
+    resumed = trainer(lr_scheduler_type="constant")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    best = trainer(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
+    best.train()
+    stored = load_file(str(tmp_path / "work" / "checkpoint-4" / "model.safetensors"))
+    assert all(is_packed(one) for one in stored.values())
+
+
+def test_it_may_be_offloaded_to_disk(tmp_path: Path) -> None:
+    save(model := tiny_model("bert"), None, tmp_path / "base", packed=True)
+    places = {"bert.embeddings": "cpu", "bert.encoder.layer.0": "cpu", "bert.encoder.layer.1": "disk"}
+    places |= {"bert.pooler": "cpu", "classifier": "cpu"}
+    again = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
+
+
 def test_without_us_it_is_loud(tmp_path: Path) -> None:
     save(tiny_model("bert"), None, tmp_path, packed=True)
     program = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path)!r})"
@@ -231,8 +290,6 @@ def test_without_us_it_is_loud(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_names_the_tensor(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save(tiny_model("bert"), None, tmp_path, packed=True)
     state = load_file(tmp_path / "model.safetensors")
     name = "bert.encoder.layer.0.output.dense.weight"

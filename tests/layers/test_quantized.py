@@ -319,3 +319,15 @@ def test_rounding_takes_the_nearest_code() -> None:
     assert scale.item() == pytest.approx(1 / 127)
     codes, scale, offset = rounded(torch.tensor([[0.0, 1.0, 3.0, 15.0]]), 4, symmetric=False)
     assert codes.flatten().tolist() == [0, 1, 3, 15] and scale.item() == 1.0 and offset is not None and offset.item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_few_rows_are_told_what_many_are(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear.from_linear(nn.Linear(1024, 1024, bias=False), bits, 64, symmetric)
+    x = torch.randn(12, 1024).to(dtype)
+    with torch.no_grad():
+        many, few = layer(x)[:4].float(), layer(x[:4]).float()
+    assert float((many - few).norm() / many.norm()) < 0.01

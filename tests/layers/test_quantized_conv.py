@@ -101,7 +101,9 @@ def test_copies_pickles_compiling_and_size() -> None:
 def test_groups_of_columns_divide_rows() -> None:
     assert [group_within(columns, 4, 32) for columns in (768, 240, 30, 7, 14, 147)] == [32, 30, 30, None, 14, None]
     assert group_within(768, 8, None) is None
-    with pytest.raises(CompressionError, match=r"^QuantConv: 147 codes of 4 bits fill no whole bytes\.$"):
+    with pytest.raises(
+        CompressionError, match=r"^QuantConv: 147 codes of 4 bits fill no whole bytes; the nearest bits that do are 8\.$"
+    ):
         QuantConv.from_dense(nn.Conv2d(3, 8, 7), 4)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 
-from hfcompress import Adapters, CompressionError, Heal, PruneNeurons, PruneWeights, Recipe, riding
+from hfcompress import Adapters, CompressionError, Heal, PruneNeurons, PruneWeights, Quantize, Recipe, riding
 from hfcompress.calibration.factoring import matrix_of
 from hfcompress.surgery.targets import body_linears
 from tests.calibration.test_reconstruct import batches
@@ -129,6 +130,52 @@ def test_a_second_training_goes_on_from_the_zeros_that_are_there() -> None:
             tick((step + 1) / 3)
             assert all((one | ~early[name]).all() for name, one in zeros(model).items())
     assert all(float(one.float().mean()) == pytest.approx(0.6, abs=0.01) for one in zeros(model).values())
+
+
+@pytest.mark.parametrize("second", [WAYS["sparsegpt"], WAYS["wanda"], {"sparsity": 0.5, "repair": True}, WAYS["2:4"]])
+def test_a_second_run_brings_no_zero_back(second: dict[str, Any]) -> None:
+    model, task = tiny_model("bert"), FewBatches("bert")
+    with_data(WAYS["2:4"]).run(model, task)
+    early = zeros(model)
+    PruneWeights(**second, samples=16).run(model, task)
+    assert all((now | ~early[name]).all() for name, now in zeros(model).items())
+
+
+def test_a_step_of_the_optimizer_after_the_last_tick_is_no_way_back() -> None:
+    model, task = tiny_model("bert").train(), FewBatches("bert")
+    with riding(model, [with_data(WAYS["sparsegpt"])], task) as tick:
+        tick(0.5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+    assert all(float(one.float().mean()) == pytest.approx(0.5, abs=0.01) for one in zeros(model).values())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bits": 4}, {"bits": 8}, {"bits": 4, "calibrate": "feedback"}, {"bits": 8, "calibrate": "rounding"}]
+)
+def test_codes_keep_zeros(fields: dict[str, Any]) -> None:
+    model, task = tiny_model("bert"), FewBatches("bert")
+    with_data(WAYS["2:4"]).run(model, task)
+    early = zeros(model)
+    more = {"samples": 16} if fields.get("calibrate") else {}
+    Quantize(engine="hfcompress", **fields, **more).run(model, task)
+    for name, one in early.items():
+        assert not model.get_submodule(name).dequantised()[one].any(), name
+
+
+def test_codes_without_a_zero_say_that_zeros_are_lost(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("bert")
+    PruneWeights(0.5).run(model, None)
+    with caplog.at_level(logging.WARNING):
+        Quantize(1, engine="hfcompress", calibrate="scales", group_size=16).run(model, None)
+    assert "its zeros are lost, as these codes have no zero; choose symmetric codes of 2 bits or more" in caplog.text
+
+
+def test_under_one_budget_no_layer_is_emptied() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    with_data(WAYS["global"]).run(model, FewBatches("llama"))
+    assert all(float(one.float().mean()) <= 0.77 for one in zeros(model).values())
 
 
 def test_a_weight_that_is_new_and_zero_is_not_taken_for_a_pruned_one() -> None:

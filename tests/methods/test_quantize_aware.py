@@ -153,10 +153,32 @@ def test_tied_tables_share_their_codes_and_their_step() -> None:
     model = tiny_model("gpt2")
     with riding(model, [QuantizeAware(4, group_size=16, embeddings=4)], FewBatches("gpt2")) as tick:
         table, head = model.transformer.wte, model.lm_head
-        assert table.step_log is head.step_log and table._parameters["weight"] is head._parameters["weight"]
+        assert head.step_owner[0] is table and torch.equal(table.step(), head.step())
+        assert table._parameters["weight"] is head._parameters["weight"]
+        assert not any(name.startswith("lm_head") for name, _ in model.named_parameters())
         train(model, FewBatches("gpt2"), tick)
     assert isinstance(model.transformer.wte, QuantEmbedding) and isinstance(model.lm_head, QuantLinear)
     assert model.transformer.wte.weight is model.lm_head.weight
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_trainer_saves_checkpoints_of_tied_tables(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(kind, tie_word_embeddings=True)
+    work = arguments(tmp_path, 8, max_steps=4, save_strategy="steps", save_steps=2)
+    callback = CompressionCallback(QuantizeAware(3, group_size=16, embeddings=4))
+    Trainer(model=model, args=work, train_dataset=FewRows(kind), callbacks=[callback]).train()
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("method", [QuantizeAware(3, embeddings=3), Quantize(3, engine="hfcompress", embeddings=3)])
+def test_tables_that_fill_no_whole_bytes_stay_dense(method: Any) -> None:
+    """T5's table of relative positions has as many columns as there are heads."""
+    model = tiny_model("t5")
+    with riding(model, [method], batches("t5")) as tick:
+        tick(1.0)
+    assert isinstance(model.shared, QuantEmbedding)
+    bias = next(one for name, one in model.named_modules() if name.endswith("relative_attention_bias"))
+    assert type(bias) is nn.Embedding
 
 
 def test_weights_are_rounded_after_the_warmup() -> None:
