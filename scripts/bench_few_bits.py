@@ -82,9 +82,10 @@ def page(found: dict[str, Any]) -> str:
         f"`python scripts/bench_few_bits.py` writes this page. {sentence(found['machine'])}",
         "",
         f"MiniLM, fine-tuned on BBC News: accuracy {first['before']:.4f} on {first['examples']} articles, 90.9 MB. Codes in groups of"
-        f" 64 columns, all layers; tables of tokens and positions in {EMBEDDINGS} bits. *rounded*: at once, by error feedback on {SAMPLES}"
-        f" articles; *trained, then rounded*: {EPOCHS} epochs beside the original first; *trained as codes*: the same with"
-        " `quantize_aware`, whose 2 bits are -1, 0 and 1. *packed*: on disk with `storage: packed`.",
+        f" 64 columns, all layers; tables of tokens and positions in {EMBEDDINGS} bits. *rounded*: at once, by error feedback on"
+        f" {SAMPLES} articles, 2 bits being any four steps; *trained as codes*: {EPOCHS} epochs beside the original with"
+        " `quantize_aware`, whose 2 bits are -1, 0 and 1; *trained, then rounded*: as long without it. *packed*: on disk with"
+        " `storage: packed`.",
         "",
         "| bits | way | MB | packed | accuracy | 95 % interval of the change | minutes |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
