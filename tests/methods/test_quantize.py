@@ -295,10 +295,10 @@ def test_a_block_larger_than_a_row_fits_no_layer() -> None:
             {"engine": "hfcompress", "bits": 4, "quant_type": "fp4"},
             ": quant_type belong to engine: bitsandbytes; remove them or set engine: bitsandbytes.",
         ),
-        ({"engine": "hfcompress", "bits": 3}, ".bits = 3: input should be 8 or 4."),
+        ({"engine": "hfcompress", "bits": 0}, ".bits = 0: input should be 8, 7, 6, 5, 4, 3, 2 or 1."),
         ({"engine": "hfcompres"}, ".engine = 'hfcompres': input should be 'bitsandbytes' or 'hfcompress'."),
         ({"bits": 4, "target_bits": 5}, ": bits and target_bits decide the same; leave one of them."),
-        ({"embeddings": 2}, ".embeddings = 2: input should be 8 or 4."),
+        ({"embeddings": 1}, ".embeddings = 1: input should be 8, 7, 6, 5, 4, 3 or 2."),
     ],
 )
 def test_engines_and_targets_that_do_not_go_together(fields: dict[str, Any], sentence: str) -> None:

@@ -469,8 +469,9 @@ def test_what_an_architecture_does_not_have_is_said_in_one_sentence(place: Path)
     task = {"name": "causal-lm", "dataset": str(place / "texts"), "block_size": 32}
     said = refused(place, model=str(place / "ssm"), task=task, steps=[{"prune_heads": {"ratio": 0.5}}])
     assert said == (
-        "step 1 of 1, prune_heads: MambaForCausalLM: the architecture has no heads; adapters, cast, distill, heal, low_rank, prune_experts, "
-        "prune_layers, prune_vocab, prune_weights, quantize, quantize_cache and student need no units."
+        "step 1 of 1, prune_heads: MambaForCausalLM: the architecture has no heads; adapters, cast, distill, heal, layer_drop, "
+        "low_rank, prune_experts, prune_layers, prune_vocab, prune_weights, quantize, quantize_aware, quantize_cache and student "
+        "need no units."
     )
     compress(recipe(place, model=str(place / "ssm"), task=task, steps=[{"low_rank": {"rank": 2}}, "cast"]), place / "ssm-small")
 
