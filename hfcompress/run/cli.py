@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -246,12 +247,14 @@ def evaluate_model(
     """Measure any model folder: parameters, megabytes, latency, memory, score."""
     _quiet_transformers()
     from hfcompress.results.report import Report, measure
+    from hfcompress.run.record import packed_megabytes
     from hfcompress.tasks.pretrained import open_model
 
     chosen = trusting(task_of(folder, task), trust_metrics)
     chosen.open(folder)
     report = Report()
-    report.add(measure(open_model(folder, chosen), chosen, folder, faster=fast))
+    row = measure(open_model(folder, chosen), chosen, folder, faster=fast)
+    report.add(replace(row, megabytes=packed_megabytes(Path(folder)) or row.megabytes))
     console.print(report.table())
 
 
@@ -262,6 +265,7 @@ def compare(
     """Measure two models interleaved, and say where the difference is not significant."""
     _quiet_transformers()
     from hfcompress.results.compare import compare as compare_models
+    from hfcompress.run.record import packed_megabytes
     from hfcompress.tasks.pretrained import open_model
 
     chosen = trusting(task_of(b, task, a), trust_metrics)
@@ -274,8 +278,9 @@ def compare(
             )
         other = trusting(task_of(b, task, a), trust_metrics).open(b)
     # one door, so that both lie on the same device
-    models = open_model(a, chosen), open_model(b, other)
-    console.print(compare_models(*models, chosen, names=(a, b), task_b=other, faster=fast).table())
+    found = compare_models(open_model(a, chosen), open_model(b, other), chosen, names=(a, b), task_b=other, faster=fast)
+    first, second = (packed_megabytes(Path(one)) or size for one, size in zip((a, b), found.megabytes, strict=True))
+    console.print(replace(found, megabytes=(first, second)).table())
 
 
 @app.command("export")

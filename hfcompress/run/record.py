@@ -17,7 +17,9 @@ import torch
 
 from hfcompress.calibration.processes import processes
 from hfcompress.checkpoint import artifact
+from hfcompress.checkpoint.checksums import read_json
 from hfcompress.checkpoint.errors import CompressionError, first_line
+from hfcompress.checkpoint.structure import PACKED
 from hfcompress.export import Format
 from hfcompress.export.served import Served
 from hfcompress.results.measure import Curve, fast_dtype, has_codes, measure, settings_of
@@ -95,13 +97,22 @@ def record(
     state.wait_for_everyone()
 
 
+def packed_megabytes(folder: Path) -> float | None:
+    """What packed weights take on disk, in 1e6 bytes; None of a folder that holds others."""
+    config = folder / "config.json"
+    stored = read_json(config).get("quantization_config") if config.is_file() else None
+    if not isinstance(stored, dict) or stored.get("storage") != PACKED:
+        return None
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
+
+
 def record_storage(recipe: Recipe, report: Report, folder: Path) -> None:
     """The last row once more, as its weights lie packed on disk: bit for bit the same model in fewer bytes."""
-    if recipe.storage is not None:
-        size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    size = packed_megabytes(folder)
+    if recipe.storage is not None and size is not None:
         name, last = f"storage {recipe.storage}", report.rows[-1]
         alone: dict[str, Any] = {"seconds": None, "notes": (), "control": None, "uncompressed": None, "curve": []}
-        report.add(replace(last, step=name, megabytes=size / 1e6, **alone))
+        report.add(replace(last, step=name, megabytes=size, **alone))
 
 
 def record_export(recipe: Recipe, task: Task, folder: Path, chosen: Format, report: Report, work: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
 import hfcompress  # noqa: F401
 from hfcompress import Recipe, compress
 from hfcompress.checkpoint.show import described
 from hfcompress.checkpoint.verify import verify
 from hfcompress.results.load_snippet import load_section
+from hfcompress.run.cli import app
 from tests.checkpoint.test_packed import tensors_in
 from tests.methods.test_laws import logits
 from tests.tiny import tiny_checkpoint, tiny_texts
@@ -50,6 +52,15 @@ def test_it_is_packed_and_what_reads_artifacts_reads_it(packed: tuple[Path, Any]
     assert any(line.startswith("packed: ") and "bits an element" in line for line in lines)
     told = load_section(out, "me/packed")
     assert "import hfcompress" in told and "pip install constriction" in told
+
+
+def test_eval_and_compare_tell_what_it_takes_on_disk(packed: tuple[Path, Any]) -> None:
+    out = packed[0] / "out"
+    size = (out / "model.safetensors").stat().st_size / 1e6
+    for digits, arguments in ((3, ["eval", str(out)]), (2, ["compare", str(packed[0] / "bert"), str(out)])):
+        said = CliRunner().invoke(app, arguments)
+        assert said.exit_code == 0, said.output
+        assert f"{size:.{digits}f}" in said.output
 
 
 def test_it_can_be_compressed_again_and_is_plain_then(packed: tuple[Path, Any]) -> None:
