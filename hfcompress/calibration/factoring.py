@@ -59,8 +59,8 @@ def by_outputs(
 ) -> None:
     """Call `then` with every layer, by the components of what it says on the data; one that no token reaches, by its weights.
 
-    Tables come first, then layers in the order of the model. `writes`: `then`
-    may replace the layer. `pairs`: it is to say what it said in the model as it came, of what it reads now.
+    Tables come first, then layers in the order of the model. `writes`: `then` may replace the layer. `pairs`: it is to say what
+    it said in the model as it came, of what it reads now.
     """
     dense = {name: model.get_submodule(name) for name in names}
     tables = [name for name in names if isinstance(dense[name], nn.Embedding)]

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hfcompress.checkpoint.errors import CompressionError
+from hfcompress.layers.base import is_conv1d
 from hfcompress.layers.fake_quantized import dense_again, fake_quantise
 from hfcompress.layers.quantized import QuantEmbedding, QuantLinear, mismatch
 from hfcompress.methods.base import Method, Tick
@@ -103,7 +104,7 @@ class QuantizeAware(Method):
         return found
 
     def _group(self, name: str, layer: Any, bits: int) -> int | None:
-        columns = layer.weight.shape[0 if type(layer).__name__ == "Conv1D" else 1]
+        columns = layer.weight.shape[0 if is_conv1d(layer) else 1]
         group = self.group_size or (None if bits > 4 else 64)
         wrong = mismatch(columns, bits, group)
         if wrong and (self.group_size is None or isinstance(layer, nn.Embedding)):  # nobody asked for it: a step a row then
