@@ -59,16 +59,17 @@ def coded_plane(plane: Bytes, rows: int) -> bytes:
     raw = struct.pack("<B", RAW) + plane.tobytes()
     if len(plane) < LEAST or _entropy(_counts(plane)) > 8 * NOISE * len(plane):
         return raw
-    best = min((_by_classes(plane, rows, many) for many in CLASSES if many == 1 or rows >= 2 * many), key=len)
+    several = [many for many in CLASSES if many > 1 and rows >= 2 * many]
+    order = _by_spread(plane.reshape(rows, -1)) if several else np.zeros(1, np.int64)
+    best = min((_by_classes(plane, order, many) for many in (1, *several)), key=len)
     return best if len(best) < GAIN * len(raw) else raw
 
 
-def _by_classes(plane: Bytes, rows: int, many: int) -> bytes:
-    matrix = plane.reshape(rows, -1)
-    if many == 1:
-        classes, matrix = np.zeros(1, np.uint8), plane.reshape(1, -1)
-    else:
-        classes = _alike(matrix, many)
+def _by_classes(plane: Bytes, order: NDArray[np.int64], many: int) -> bytes:
+    rows = len(order) if many > 1 else 1
+    matrix, classes = plane.reshape(rows, -1), np.zeros(rows, np.uint8)
+    for number, places in enumerate(np.array_split(order, many) if many > 1 else ()):
+        classes[places] = number
     parts = [struct.pack("<BBI", CODED, int(classes.max()) + 1, len(classes)), classes.tobytes() if many > 1 else b""]
     for number in range(int(classes.max()) + 1):
         symbols = np.ascontiguousarray(matrix[classes == number]).reshape(-1)
@@ -81,15 +82,9 @@ def _by_classes(plane: Bytes, rows: int, many: int) -> bytes:
     return b"".join(parts)
 
 
-def _alike(matrix: Bytes, many: int) -> Bytes:
-    """(rows,), uint8: rows by how far they are spread, in classes of as many rows each."""
-    counts = np.stack([_counts(row) for row in matrix])
-    spread = np.array([_entropy(one) for one in counts])
-    order = np.argsort(spread, kind="stable")
-    classes = np.empty(len(matrix), np.uint8)
-    for number, places in enumerate(np.array_split(order, many)):
-        classes[places] = number
-    return classes
+def _by_spread(matrix: Bytes) -> NDArray[np.int64]:
+    """(rows,): the rows in the order of how far they are spread; classes are as many of them each."""
+    return np.argsort([_entropy(_counts(row)) for row in matrix], kind="stable")
 
 
 def decoded_plane(raw: bytes, place: int, count: int, rows: int) -> tuple[Bytes, int]:
